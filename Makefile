@@ -1,0 +1,33 @@
+# make demo | make test | make lint: each creates the virtual environment when it is missing.
+PYTHON := $(shell for p in python3.11 python3.12 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+	&& { command -v $$p; break; }; done)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+ifneq ($(wildcard ../shared/photos),)
+export EXTRAHEAD_SHARED ?= $(abspath ../shared)
+endif
+
+.PHONY: demo test slow lint
+
+demo: $(BIN)/installed ## everything, on a small world that is drawn here: about five minutes on two cores
+	dvc repro
+	@dvc metrics show
+	@echo "The figures: data/evaluation/metrics.json. Ask more: pipeline query --help"
+
+test: $(BIN)/installed ## offline, on the CPU
+	pytest
+
+slow: $(BIN)/installed ## full-size models and the whole pipeline: tens of minutes
+	pytest -m slow
+
+lint: $(BIN)/installed
+	ruff check
+	ruff format --check
+
+$(BIN)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "This project needs Python 3.11 or 3.12 on the PATH (found: $$(python3 --version 2>&1))."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,220 @@
+"""The command line: each command parses, calls one function and prints what came of it.
+
+A command imports what it needs inside, so that --help answers without torch.
+"""
+
+import errno
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.core.errors import PipelineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Distil CLIP offline: embed images **once** with the teacher, then train small students
+    from Parquet alone.
+
+    `dvc repro` runs every stage in order, as params.yaml says; the commands below run one.""",
+)
+imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
+app.add_typer(imports, name="import", rich_help_panel="Files in and out")
+
+STAGES, LOOK, FILES = "Stages, in order", "Questions", "Files in and out"
+Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+Data = Annotated[Path, typer.Option("--data", help="Folder of all results.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ... Changes speed.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
+PARAMS, DATA = Path("params.yaml"), Path("data")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and status 1."""
+    try:
+        app()
+    except PipelineError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(f"the disk is full ({error}). Free space and run the same command: it goes on.")
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            _fail(f"{error}. Give this user the right to write there, or choose another --data.")
+        raise
+
+
+def _fail(message: str) -> None:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise SystemExit(1)
+
+
+@app.command(rich_help_panel=FILES)
+def init(
+    preset: Annotated[str, typer.Argument(help="demo or clip-vit-b32.")],
+    params: Params = PARAMS,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Write params.yaml, every value with its meaning.
+
+    `demo` is the world that is drawn here; `clip-vit-b32` is OpenAI's CLIP, your manifest and the
+    published student.
+    """
+    from pipeline.core.presets import write_preset
+
+    write_preset(preset, params, force)
+    typer.echo(f"{params} written. Next: `dvc repro`.")
+
+
+@app.command(rich_help_panel=STAGES)
+def download(
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Fetch again what may succeed now, and nothing else.")
+    ] = False,
+    params: Params = PARAMS,
+    data: Data = DATA,
+    processes: Annotated[int, typer.Option(min=1, help="Download processes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Connections per process.")] = 32,
+) -> None:
+    """Fetch the manifest's images into data/images; every row ends with a status."""
+    from pipeline.core.config import load_section
+    from stages.download import download as run
+
+    config = load_section(params, "download")
+    statuses = run(config, data, processes=processes, threads=threads, retry=retry)
+    _report("download", statuses, data / "images")
+
+
+@app.command(rich_help_panel=STAGES)
+def teacher_embed(
+    params: Params = PARAMS, data: Data = DATA, device: Device = "auto", workers: Workers = 2
+) -> None:
+    """Embed every image and text once with the frozen teacher into data/teacher."""
+    from pipeline.core.config import load_section
+    from stages.teacher_embed import teacher_embed as run
+
+    summary = run(load_section(params, "teacher_embed"), data, device=device, workers=workers)
+    counts = {name: summary[name] for name in ("images", "texts", "views", "dtype")}
+    _report("teacher_embed", counts, data / "teacher")
+
+
+@app.command(rich_help_panel=STAGES)
+def select(params: Params = PARAMS, data: Data = DATA) -> None:
+    """Split by content and leave out duplicates and what select.where rejects, with reasons."""
+    from pipeline.core.config import load_section
+    from stages.select import select as run
+
+    _report("select", run(load_section(params, "select"), data), data / "selection")
+
+
+@app.command(rich_help_panel=STAGES)
+def distill(
+    params: Params = PARAMS, data: Data = DATA, device: Device = "auto", workers: Workers = 2
+) -> None:
+    """Train the student from data/ alone into data/student; no teacher is loaded.
+
+    Several GPUs: `torchrun --nproc-per-node 8 -m pipeline.cli distill`.
+    """
+    from pipeline.core.config import load_section
+    from stages.distill import distill as run
+
+    figures = run(load_section(params, "distill"), data, device=device, workers=workers)
+    shown = {k: round(figures[k], 4) for k in ("steps", "loss", "val_cosine", "val_floor")}
+    _report("distill", shown, data / "student")
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    params: Params = PARAMS, data: Data = DATA, device: Device = "auto", workers: Workers = 2
+) -> None:
+    """Measure the student on the held-out split into data/evaluation, with floors and ceilings."""
+    from pipeline.core.config import load_section
+    from pipeline.evaluation.table import figures_table
+    from stages.evaluate import evaluate as run
+
+    figures = run(load_section(params, "evaluate"), data, device=device, workers=workers)
+    typer.echo(figures_table(figures))
+    typer.echo(f"evaluate: written to {data / 'evaluation'}")
+
+
+@app.command(rich_help_panel=LOOK)
+def query(
+    sql: Annotated[str, typer.Argument(help="Exactly one SELECT.")],
+    format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+    data: Data = DATA,
+) -> None:
+    """Ask DuckDB about the shards: tables images, teacher, texts, selection, runs.
+
+    Example: pipeline query "SELECT status, count(*) FROM images GROUP BY status"
+    """
+    from pipeline.data.answers import print_answer
+
+    print_answer(data, sql, format)
+
+
+@imports.command("folder")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders become labels.")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
+) -> None:
+    """Write a manifest of local images. Set download.manifest to it, download.root to the folder."""
+    from pipeline.data.folder import write_folder_manifest
+
+    count = write_folder_manifest(folder, out)
+    typer.echo(
+        f"{out}: {count} images. In params.yaml set download.manifest: {out} and "
+        f"download.root: {folder}"
+    )
+
+
+@imports.command("teacher")
+def import_teacher(
+    model: Annotated[str, typer.Argument(help="open_clip model name, or local-dir:FOLDER.")],
+    out: Annotated[Path, typer.Option(help="Card to write, manifests/teachers/NAME.yaml.")],
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip tag, or a checkpoint file.")
+    ] = None,
+) -> None:
+    """Load a teacher once and write its card: digest, activation and golden vectors."""
+    from pipeline.models.cardwriter import write_card
+
+    card = write_card(model, pretrained, out)
+    typer.echo(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
+
+
+@imports.command("checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="A published .pt checkpoint of a student.")],
+    out: Annotated[Path, typer.Option(help="Student folder to write.")],
+) -> None:
+    """Turn a published checkpoint into a student folder; nothing of the pickle is executed."""
+    from pipeline.models.published import import_checkpoint as run
+
+    student = run(file, out)
+    typer.echo(f"{out}: {student.config}")
+
+
+@app.command(rich_help_panel=FILES)
+def export(
+    out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    data: Data = DATA,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also quantise, and print the loss.")
+    ] = False,
+) -> None:
+    """Write the student as ONNX, checked against onnxruntime before it is called written."""
+    from pipeline.models.export import export_student
+
+    typer.echo(export_student(data / "student", out, int8=int8))
+
+
+def _report(stage: str, counts: dict, out: Path) -> None:
+    found = ", ".join(f"{count} {name}" if isinstance(count, int) else f"{name} {count}"
+                      for name, count in counts.items())  # fmt: skip
+    typer.echo(f"{stage}: {found} in {out}")
+
+
+if __name__ == "__main__":
+    main()

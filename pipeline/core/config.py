@@ -1,0 +1,217 @@
+"""params.yaml -> one strict, frozen model per stage.
+
+Only values that change bytes live here; what changes only speed (device, workers) is a
+command-line option. Unknown, missing and ill-typed keys are errors that name the file, the
+section, the key, what was found and what is allowed.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.core.errors import PipelineError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversion ("8" is not 8), no assignment after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StudentConfig(Strict):
+    """Everything that fixes a student's shape.
+
+    The two published students are 224 px, patch 28, embedding 512, 16 heads, 6 layers:
+    `multimodal-patch` has neighbourhood_mask and same_norm, `no-cls` has neither.
+    """
+
+    image_size: Positive  # px, square
+    patch_size: Positive  # px; divides image_size
+    embedding_size: Positive  # E, equal to the teacher's; a multiple of heads
+    heads: Positive
+    layers: Positive
+    neighbourhood_mask: bool  # a patch attends to the 3 x 3 patches around it only
+    same_norm: bool  # patch embeddings all have one learned length, at most 10
+    pool: Literal["extra-head", "mean", "cls", "cls-distill"]
+    temperature: PositiveFloat  # of the softmax over patch logits
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.embedding_size % self.heads:
+            raise ValueError(
+                f"embedding_size {self.embedding_size} is not a multiple of heads {self.heads}"
+            )
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+class DownloadConfig(Strict):
+    """manifest -> data/images."""
+
+    manifest: str  # CSV or Parquet: url, optional caption, label, boxes
+    root: str  # `file:` paths of the manifest must lie below this folder
+    buckets: Positive  # number of shards; an image's shard depends on its id and this alone
+    image_size: Positive  # px; the shorter side of a stored image, which is shrunk, never enlarged
+    quality: Annotated[int, Field(ge=1, le=100)]  # of the JPEG, where an image must be encoded
+    timeout: PositiveFloat  # s per image, in total
+    retries: Count  # further tries of what may succeed (time-outs, 5xx, DNS)
+    max_bytes: Positive  # of a response
+    max_pixels: Positive  # of an image, before decoding
+    max_redirects: Count
+    per_host: Positive  # concurrent requests to one host, per process
+    allow: list[str]  # private hosts or networks that may be asked all the same
+    robots: bool  # respect robots.txt and X-Robots-Tag
+
+
+class TeacherEmbedConfig(Strict):
+    """data/images -> data/teacher."""
+
+    card: str  # manifests/teachers/NAME.yaml
+    views: Positive  # per image; view 0 is the teacher's own preprocessing
+    crop_area: Span  # share of the image's area, of views 1, 2, ...
+    crop_ratio: Span  # width / height
+    seed: int
+    dtype: Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the hardware is fast at it
+    batch: Positive  # a row's last bits depend on it
+    prompts: str  # text file, a prompt a line, embedded beside captions and box texts
+
+    @model_validator(mode="after")
+    def _ranges_rise(self):
+        for name in ("crop_area", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; write [smallest, largest]")
+        if self.crop_area[1] > 1:
+            raise ValueError(f"crop_area: {self.crop_area[1]} is more than the whole image (1.0)")
+        return self
+
+
+class SelectConfig(Strict):
+    """data/images + data/teacher -> data/selection."""
+
+    where: str  # SQL condition over the columns of `images` and caption_similarity
+    val: Fraction  # share of the contents
+    test: Fraction
+    near_duplicates: Fraction  # cosine of teacher embeddings from which two images are one; 1 = off
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self):
+        if self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
+        return self
+
+
+class LossWeights(Strict):
+    """Weights of the terms of the loss; 0 leaves a term out."""
+
+    l1: Weight  # the published loss: mean |student - teacher| of unit vectors, times norm 100
+    cosine: Weight  # 1 - cosine
+    relational: Weight  # cross-entropy of student-teacher similarities in the batch, both centred
+    caption: Weight  # CLIP's symmetric loss against the captions' text embeddings
+
+
+class DistillConfig(Strict):
+    """data/images + data/teacher + data/selection -> data/student."""
+
+    student: StudentConfig
+    loss: LossWeights
+    relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
+    views: Positive  # of the stored ones; a step shows one of them
+    noise: Weight  # photometric noise for the student alone: brightness and contrast, 0 to 1
+    steps: Positive
+    batch: Positive  # images a step, over all ranks
+    learning_rate: PositiveFloat
+    schedule: Literal["cosine", "plateau"]
+    warmup: Count  # steps
+    weight_decay: Weight
+    clip: PositiveFloat  # norm of the gradient
+    ema: Annotated[float, Field(ge=0, lt=1)]  # decay of the averaged weights; 0 = off
+    precision: Literal["bfloat16", "float32"]  # of the matrix products
+    validate_every: Positive  # steps; also when a checkpoint is written
+    window: Positive  # row groups that are shuffled together
+    seed: int
+
+
+class EvaluateConfig(Strict):
+    """data/student + data/teacher on the held-out split -> data/evaluation."""
+
+    split: Literal["val", "test"]
+    batch: Positive
+    prompts: list[str]  # texts that the report searches for
+
+
+SECTIONS: dict[str, type[Strict]] = {
+    "download": DownloadConfig,
+    "teacher_embed": TeacherEmbedConfig,
+    "select": SelectConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def load_section(params: Path, section: str) -> Strict:
+    """The validated section of a params.yaml.
+
+    Raises PipelineError naming file, section, key, what was found and what is allowed.
+    """
+    try:
+        document = yaml.safe_load(params.read_text())
+    except FileNotFoundError:
+        raise PipelineError(
+            f"no {params} here. Run `pipeline init demo`, or name one with --params."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{params} is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise PipelineError(f"{params} holds no sections; expected {', '.join(SECTIONS)}.")
+    if unknown := document.keys() - SECTIONS.keys():
+        raise PipelineError(
+            f"{params}: unknown section {', '.join(sorted(map(str, unknown)))}; "
+            f"allowed are {', '.join(SECTIONS)}."
+        )
+    if section not in document:
+        raise PipelineError(
+            f"{params}: section {section} is missing. `pipeline init` writes a complete file."
+        )
+    try:
+        return SECTIONS[section].model_validate(document[section])
+    except ValidationError as error:
+        problems = "\n".join(f"  {_sentence(section, e)}" for e in error.errors())
+        raise PipelineError(f"{params}:\n{problems}") from None
+
+
+def _sentence(section: str, error: dict) -> str:
+    """One finding of the validator as: section.key: what was found, what is allowed."""
+    key = ".".join([section, *map(str, error["loc"])])
+    found = error["input"]
+    match error["type"]:
+        case "missing":
+            return f"{key}: missing. `pipeline init` writes every key with a comment."
+        case "extra_forbidden":
+            siblings = SECTIONS[section]
+            for part in error["loc"][:-1]:
+                siblings = siblings.model_fields[part].annotation
+            return (
+                f"{key}: unknown (found {found!r}); allowed are {', '.join(siblings.model_fields)}."
+            )
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}"
+        case _:
+            return f"{key}: found {found!r} ({type(found).__name__}); {error['msg']}."

@@ -1,0 +1,32 @@
+"""Which device and which dtype: decided by the hardware, never by a stop-watch."""
+
+import torch
+
+from pipeline.core.errors import PipelineError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises PipelineError for an unusable device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(
+            f"--device {name} cannot be used: {reason}. Try --device cpu."
+        ) from None
+    return device
+
+
+def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if requested != "auto":
+        return getattr(torch, requested)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+    return torch.bfloat16 if native else torch.float32

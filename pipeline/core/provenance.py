@@ -1,0 +1,226 @@
+"""Where results come from and how they become final: digests, stamps, work folders, the lock.
+
+DVC deletes a stage's outs before it runs the stage, so a stage works outside them, in
+data/.work/<stage>/<stamp>/, file by file (temporary name, fsync, rename), and hard-links what is
+finished into its out at the end. The same stamp goes on where it was; a new stamp starts afresh
+and may take over what an older folder holds. The folder of the last complete run stays (its files
+are links, not copies), so the next run finds what it can take over although DVC emptied the outs.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.core.errors import PipelineError
+
+STAMP_FILE = "stamp.json"
+PARTIAL = ".partial"
+
+
+def digest(value) -> str:
+    """32 hex digits of the SHA-256 of a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """32 hex digits of the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def libraries(*names: str) -> dict[str, str]:
+    """Installed versions: recorded beside results, never part of a stamp."""
+    return {name: version(name) for name in names}
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """The one way a file becomes final: written under another name, fsynced, renamed.
+
+    write: gets the temporary path. A file under its final name is therefore complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_file(path, lambda partial: partial.write_text(text))
+
+
+@contextlib.contextmanager
+def lock(data: Path, stage: str) -> Iterator[None]:
+    """Hold data/ for one writing command. The kernel lets go of it when the process dies.
+
+    Raises PipelineError naming who holds it.
+    """
+    path = data / ".work" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise PipelineError(
+                f"{data} is in use by {file.read().strip() or 'another process'}. "
+                "Wait for it to end, or end it, and run the command again."
+            ) from None
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"{stage} (process {os.getpid()} on {socket.gethostname()}, since {started})\n")
+        file.flush()
+        yield
+
+
+def read_stamp(out: Path, stage: str) -> dict:
+    """The stamp file of a finished stage. Raises PipelineError where the stage has not finished."""
+    command = stage.replace("_", "-")
+    try:
+        return json.loads((out / STAMP_FILE).read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"no {out / STAMP_FILE}. Run `pipeline {command}` first.") from None
+    except ValueError as error:
+        raise PipelineError(
+            f"{out / STAMP_FILE} is damaged ({error}). Delete {out} and run `pipeline {command}`."
+        ) from None
+
+
+def content(stamp: dict) -> str:
+    """What a later stage's stamp chains: a digest of every file of an out."""
+    return digest({name: entry["sha256"] for name, entry in stamp["files"].items()})
+
+
+class Work:
+    """One stage's run: its lock, its work folder, and the way its files reach the out.
+
+    stage: its name; out: the DVC out, a folder below data; recipe: every value that determines
+    the bytes (parameters, versions of nouns, contents of the inputs), JSON-able.
+    """
+
+    def __init__(self, data: Path, stage: str, out: Path, recipe: dict):
+        self.data, self.stage, self.out, self.recipe = data, stage, out, recipe
+        self.stamp = digest(recipe)
+        self.room = data / ".work" / stage
+        self.folder = self.room / self.stamp
+
+    def published(self) -> bool:
+        """True if the out already holds this very run, whole."""
+        try:
+            stamp = read_stamp(self.out, self.stage)
+        except PipelineError:
+            return False
+        return stamp.get("stamp") == self.stamp and all(
+            (self.out / name).is_file() and (self.out / name).stat().st_size == entry["bytes"]
+            for name, entry in stamp["files"].items()
+        )
+
+    def begin(self) -> None:
+        """Refuse an out that holds strangers' files; open the work folder."""
+        self._refuse_strangers()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.rglob("*" + PARTIAL):
+            leftover.unlink()
+
+    def earlier(self) -> list[Path]:
+        """Folders whose finished files may be taken over: other stamps' work, then the out."""
+        return [*self._other_stamps(), *([self.out] if (self.out / STAMP_FILE).is_file() else [])]
+
+    def _other_stamps(self) -> list[Path]:
+        folders = [
+            path
+            for path in self.room.glob("*")
+            if path.is_dir() and len(path.name) == len(self.stamp)
+        ]
+        folders = [path for path in folders if path != self.folder]
+        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def commit(self, name: str, write: Callable[[Path], None]) -> None:
+        """Finish one file of the work folder; the only door through which one gets there."""
+        write_file(self.folder / name, write)
+
+    def adopt(self, name: str, source: Path) -> None:
+        """Take over a finished file of an earlier run."""
+        self.commit(name, lambda partial: _link(source, partial))
+
+    def clean(self, *scratch: str) -> None:
+        """Remove a stage's scratch folders."""
+        for name in scratch:
+            shutil.rmtree(self.room / name, ignore_errors=True)
+
+    def publish(self, names: list[str], summary: dict) -> None:
+        """Make the out exactly these files of the work folder plus the stamp file, by links.
+
+        The out is built aside and renamed into place: it is never half of two runs. Older work
+        folders are removed then.
+        """
+        files = {
+            name: {
+                "sha256": file_digest(self.folder / name),
+                "bytes": (self.folder / name).stat().st_size,
+            }
+            for name in sorted(names)
+        }
+        stamp = {"stage": self.stage, "stamp": self.stamp, "recipe": self.recipe}
+        write_json(self.folder / STAMP_FILE, stamp | {"files": files, "summary": summary})
+        aside, old = self.room / "out.new", self.room / "out.old"
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for name in [*files, STAMP_FILE]:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(self.folder / name, aside / name)
+        if self.out.exists():
+            self.out.rename(old)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        aside.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        for folder in self._other_stamps():
+            shutil.rmtree(folder)
+
+    def _refuse_strangers(self) -> None:
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return
+        try:
+            stamp = read_stamp(self.out, self.stage)
+            ours = {STAMP_FILE, *stamp["files"]} if stamp["stage"] == self.stage else set()
+        except (PipelineError, KeyError, TypeError):
+            ours = set()
+        files = {str(p.relative_to(self.out)) for p in self.out.rglob("*") if not p.is_dir()}
+        if strangers := sorted(files - ours):
+            raise PipelineError(
+                f"{self.out} holds files that {self.stage} did not write: "
+                f"{', '.join(strangers[:3])}{' ...' if len(strangers) > 3 else ''}. "
+                "Move them away and run the command again."
+            )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def command_line() -> str:
+    """How this process was started, for the record of a run."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

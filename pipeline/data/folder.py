@@ -1,0 +1,57 @@
+"""A folder of images -> a manifest of `file:` paths."""
+
+import csv
+import io
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import write_file
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def write_folder_manifest(folder: Path, out: Path) -> int:
+    """One row per image file below folder, sorted by path; returns how many.
+
+    A file's label is the subfolder it lies in (null at the top), its caption the text file of the
+    same name beside it, where there is one. Raises PipelineError: no folder, no images, a
+    manifest of another kind or in the way.
+    """
+    if not folder.is_dir():
+        raise PipelineError(f"{folder} is no folder.")
+    if out.suffix not in (".csv", ".parquet"):
+        raise PipelineError(f"{out}: name a manifest .csv or .parquet.")
+    if out.exists():
+        raise PipelineError(f"{out} exists. Remove it, or name another --out.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise PipelineError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
+    rows = [_row(path, folder) for path in files]
+    write_file(out, lambda partial: _write(rows, out.suffix, partial))
+    return len(rows)
+
+
+def _row(path: Path, folder: Path) -> dict:
+    inside = path.relative_to(folder)
+    text = path.with_suffix(".txt")
+    return {
+        "url": f"file:{quote(inside.as_posix())}",
+        "caption": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+        "label": inside.parent.as_posix() if inside.parent.parts else None,
+    }
+
+
+def _write(rows: list[dict], suffix: str, path: Path) -> None:
+    if suffix == ".parquet":
+        schema = pa.schema([(name, pa.string()) for name in rows[0]])
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue(), encoding="utf-8")

@@ -1,0 +1,155 @@
+"""A list of images that a person wrote -> one list per shard, every row exactly once.
+
+CSV or Parquet with `url` and optional `caption` (text, or a list of texts; in CSV a JSON list),
+`label`, and `boxes` (text, x0, y0, x1, y1 in px of the original image; in CSV a JSON list of such
+objects). An image's id is the hash of its url as written, so reordering a manifest renames
+nothing, and its shard is a bucket of that id, so an added row touches one shard.
+"""
+
+import hashlib
+from pathlib import Path
+
+import duckdb
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import PARTIAL
+from pipeline.data.policy import FetchError, local_path
+
+VERSION = 1  # raise it when ids, buckets or the reading of a manifest change
+
+COLUMNS = {"url", "caption", "label", "boxes"}
+BOXES = 'STRUCT("text" VARCHAR, x0 FLOAT, y0 FLOAT, x1 FLOAT, y1 FLOAT)[]'
+
+
+def image_id(url: str) -> str:
+    """32 hex digits that name an image: the hash of its url exactly as written."""
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[Path]:
+    """Partition a manifest into folder/NNNNN.parquet, one list per bucket, empty ones too.
+
+    A list's columns: row_id, image_id, url, caption, captions, label, boxes, occurrence (0 for
+    the first row with its url), content (SHA-256 of a local file's bytes, else null); sorted by
+    image_id and occurrence. Memory stays flat: DuckDB spills to folder.
+
+    Raises PipelineError: no manifest, not CSV or Parquet, no url column, no rows, a column of
+    another type.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    database = folder / "rows.duckdb"
+    database.unlink(missing_ok=True)
+    with duckdb.connect(str(database)) as connection:
+        connection.create_function(
+            "content",
+            _content_of(root),
+            ["VARCHAR"],
+            "VARCHAR",
+            null_handling="special",
+            side_effects=False,
+        )
+        source, captions, boxes, label = _columns(connection, manifest)
+        try:
+            connection.execute(
+                _ROWS.format(
+                    source=source, captions=captions, boxes=boxes, label=label, buckets=buckets
+                )
+            )
+        except duckdb.Error as error:
+            raise PipelineError(
+                f"{manifest} cannot be read as a manifest: {_line(error)}"
+            ) from None
+        (rows,) = connection.execute("SELECT count(*) FROM rows").fetchone()
+        if not rows:
+            raise PipelineError(f"{manifest} has no rows. Add images to it, one a row.")
+        return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
+
+
+def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
+    """SQL expressions for the source and its optional columns, whatever their form."""
+    if not manifest.is_file():
+        raise PipelineError(
+            f"no manifest {manifest}. Write one (CSV or Parquet with a `url` column), make one of a "
+            "folder with `pipeline import folder`, or name another in params.yaml (download.manifest)."
+        )
+    reader = {
+        ".csv": "read_csv({}, header = true, all_varchar = true)",
+        ".parquet": "read_parquet({})",
+    }.get(manifest.suffix)
+    if reader is None:
+        raise PipelineError(f"{manifest}: expected a manifest named .csv or .parquet.")
+    source = reader.format("'" + str(manifest).replace("'", "''") + "'")
+    try:
+        described = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
+    except duckdb.Error as error:
+        raise PipelineError(f"{manifest} cannot be read: {_line(error)}") from None
+    types = {name: kind for name, kind, *_ in described}
+    if "url" not in types:
+        raise PipelineError(
+            f"{manifest} has no column `url`; found {', '.join(types)}. Expected url and optionally "
+            "caption, label, boxes."
+        )
+    caption_type = types.get("caption", "")
+    captions = "CAST([] AS VARCHAR[])"
+    if caption_type.endswith("[]"):
+        captions = "caption"
+    elif caption_type:  # a CSV cell may hold one caption or a JSON list of them
+        captions = (
+            "CASE WHEN caption LIKE '[\"%' THEN from_json(caption, '[\"VARCHAR\"]') "
+            "WHEN caption IS NULL OR trim(caption) = '' THEN [] ELSE [caption] END"
+        )
+    boxes = f"CAST(NULL AS {BOXES})"
+    if "boxes" in types:
+        as_list = "boxes" if types["boxes"].endswith("[]") else "CAST(boxes AS JSON)"
+        boxes = f"CAST({as_list} AS {BOXES})"
+    return source, captions, boxes, "label" if "label" in types else "NULL"
+
+
+_ROWS = """
+CREATE TABLE rows AS
+WITH written AS (
+    SELECT coalesce(CAST(url AS VARCHAR), '') AS url, {captions} AS captions,
+           CAST({label} AS VARCHAR) AS label, {boxes} AS boxes, row_number() OVER () AS place
+    FROM {source}
+), numbered AS (
+    SELECT *, row_number() OVER (PARTITION BY url ORDER BY place) - 1 AS occurrence,
+           substr(sha256(url), 1, 32) AS image_id
+    FROM written
+)
+SELECT substr(sha256(url || chr(10) || occurrence), 1, 32) AS row_id, image_id, url,
+       list_filter(coalesce(captions, []), lambda c: c IS NOT NULL AND trim(c) <> '') AS captions,
+       label, boxes, occurrence,
+       CASE WHEN url LIKE 'file:%' AND occurrence = 0 THEN content(url) END AS content,
+       CAST(('0x' || image_id[1:8])::UBIGINT % {buckets} AS INTEGER) AS bucket
+FROM numbered ORDER BY bucket, image_id, occurrence
+"""
+
+
+def _write_list(connection, bucket: int, folder: Path) -> Path:
+    path = folder / f"{bucket:05}.parquet"
+    partial = path.with_name(path.name + PARTIAL)
+    connection.execute(
+        f"COPY (SELECT row_id, image_id, url, captions[1] AS caption, captions, label, boxes, "
+        f"occurrence, content FROM rows WHERE bucket = {bucket} ORDER BY image_id, occurrence) "
+        f"TO '{str(partial).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)"
+    )
+    return partial.replace(path)
+
+
+def _content_of(root: Path):
+    """A local file's hash, so that a changed file is noticed; null where it may not be read."""
+    root = root.resolve()
+
+    def content(url: str) -> str | None:
+        try:
+            path = local_path(url, root)
+        except FetchError:
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return content
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,245 @@
+"""The one opener that fetches: every hop of a redirect is checked, no name is resolved twice.
+
+Each hop's host is resolved once, all its addresses are checked, and the connection goes to one of
+them, so that a second answer of the name server changes nothing. Time and bytes are bounded in
+total. Proxies named by the environment are not used: they would resolve names themselves.
+"""
+
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from urllib.parse import quote, urljoin
+
+from pipeline.data.policy import (
+    PLAIN,
+    FetchError,
+    FetchRules,
+    Target,
+    is_allowed,
+    is_public,
+    parse_url,
+    read_local,
+)
+from pipeline.data.robots import Rules, forbidden_by_tag, may_fetch, robots_rules
+
+ROBOTS_BYTES = 500 * 1024  # of a robots.txt that are read: what RFC 9309 asks at least
+LONGEST_PAUSE_S = 8.0  # between two tries
+_REDIRECTS = {301, 302, 303, 307, 308}
+_TRY_LATER = {408, 425, 429}
+
+
+class _Wire(io.RawIOBase):
+    """A socket's receiving side under one deadline for all reads together."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self.sock, self.deadline = sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self.sock.settimeout(_left(self.deadline))
+        return self.sock.recv_into(buffer)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What http.client asks a socket for."""
+        return io.BufferedReader(self)
+
+
+class Opener:
+    """Fetches under the rules; `urllib.request.install_opener` takes it, for it has `open`.
+
+    Safe to share between threads. `beat` is called whenever a request begins.
+    """
+
+    def __init__(self, rules: FetchRules, beat: Callable[[], None] = lambda: None):
+        self.rules, self.beat = rules, beat
+        self.tls = ssl.create_default_context()
+        self.turns: dict[str, threading.Semaphore] = {}  # by host
+        self.locks: dict[str, threading.Lock] = {}  # by origin
+        self.robots: dict[str, Rules | FetchError] = {}  # by origin
+
+    def open(self, request, data=None, timeout=None) -> io.BytesIO:
+        """The body of an urllib Request's URL; its headers and time-out give way to the rules.
+
+        Raises FetchError.
+        """
+        return io.BytesIO(self._with_retries(self._image, request.full_url))
+
+    def _with_retries(self, fetch: Callable[[str], bytes], url: str) -> bytes:
+        for attempt in range(self.rules.retries):
+            try:
+                return fetch(url)
+            except FetchError as error:
+                if error.final:
+                    raise
+            time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE_S))
+        return fetch(url)
+
+    def _image(self, url: str) -> bytes:
+        if url[:5].lower() == "file:":
+            self.beat()
+            return read_local(url, self.rules.root, self.rules.max_bytes)
+        with self._following(url, self.rules.respect_robots) as response:
+            names = self.rules.names
+            if self.rules.respect_robots and (
+                tag := forbidden_by_tag(response.headers.get_all("X-Robots-Tag", []), names)
+            ):
+                raise FetchError("robots", f"X-Robots-Tag: {tag}")
+            limit = self.rules.max_bytes
+            if (response.length or 0) > limit or len(body := _read(response, limit)) > limit:
+                raise FetchError("too_large", f"more than {limit} bytes")
+            return body
+
+    @contextmanager
+    def _following(self, url: str, ask_robots: bool) -> Iterator[http.client.HTTPResponse]:
+        """The 2xx response at the end of the redirects. The time allowed is for all hops."""
+        left, from_public = self.rules.timeout_s, False
+        for _ in range(self.rules.max_redirects + 1):
+            target = parse_url(url)
+            if ask_robots:
+                self._ask_robots(target)
+            with self._turn(target.host), _named_errors():
+                self.beat()
+                start = time.monotonic()
+                addresses = self._addresses(target, start + left, from_public)
+                with self._connected(target, addresses, start + left) as sock:
+                    response = self._get(target, sock, start + left)
+                    location = response.headers.get("Location")
+                    if response.status not in _REDIRECTS or location is None:
+                        _require_success(response.status)
+                        yield response
+                        return
+                left -= time.monotonic() - start
+                from_public |= any(is_public(ipaddress.ip_address(a[-1][0])) for a in addresses)
+                url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
+        raise FetchError("refused", f"more than {self.rules.max_redirects} redirects")
+
+    def _turn(self, host: str) -> threading.Semaphore:
+        return self.turns.setdefault(host, threading.Semaphore(self.rules.per_host))
+
+    def _addresses(self, target: Target, deadline: float, from_public: bool) -> list[tuple]:
+        """(family, sockaddr) of a host, resolved once; all may be asked, or FetchError."""
+        found = _resolve(target.host, target.port, deadline)
+        for _, (text, *_) in found:
+            address = ipaddress.ip_address(text)
+            if is_public(address):
+                continue
+            if not is_allowed(target.host, address, self.rules.allow):
+                raise FetchError("refused", f"{target.host} is at {text}, not a public address")
+            if from_public:
+                raise FetchError("refused", f"redirect from a public host to {text}")
+        return found
+
+    @contextmanager
+    def _connected(self, target: Target, addresses: list[tuple], deadline: float):
+        """A socket to the first address that answers, inside TLS for https."""
+        for i, (family, address) in enumerate(addresses):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(_left(deadline) / (len(addresses) - i))
+                sock.connect(address)
+                break
+            except OSError:
+                sock.close()
+                if i == len(addresses) - 1:
+                    raise
+        with sock:
+            sock.settimeout(_left(deadline))
+            if target.scheme == "http":
+                yield sock
+            else:
+                with self.tls.wrap_socket(sock, server_hostname=target.host) as wrapped:
+                    yield wrapped
+
+    def _get(self, target: Target, sock, deadline: float) -> http.client.HTTPResponse:
+        """The response's head; its body is read under the same deadline."""
+        sock.sendall(
+            f"GET {target.path} HTTP/1.1\r\nHost: {target.origin.split('//')[1]}\r\n"
+            f"User-Agent: {self.rules.user_agent}\r\nAccept: image/*, */*;q=0.5\r\n"
+            "Accept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
+        )
+        response = http.client.HTTPResponse(_Wire(sock, deadline), method="GET")
+        response.begin()
+        return response
+
+    def _ask_robots(self, target: Target) -> None:
+        """Raises FetchError where robots.txt forbids the path, or could not be asked."""
+        with self.locks.setdefault(target.origin, threading.Lock()):
+            if target.origin not in self.robots:
+                self.robots[target.origin] = self._robots_of(target.origin)
+        match self.robots[target.origin]:
+            case FetchError(status=status, detail=detail):
+                raise FetchError(status, f"robots.txt of {target.host}: {detail}", final=True)
+            case rules if not may_fetch(rules, target.path):
+                raise FetchError("robots", f"robots.txt of {target.host} forbids {target.path}")
+
+    def _robots_of(self, origin: str) -> Rules | FetchError:
+        """RFC 9309: no robots.txt allows all, one that cannot be had forbids all."""
+        try:
+            body = self._with_retries(self._robots_body, f"{origin}/robots.txt")
+        except FetchError as error:
+            return [] if error.status == "not_found" else error
+        return robots_rules(body.decode("utf-8", "replace"), self.rules.names)
+
+    def _robots_body(self, url: str) -> bytes:
+        with self._following(url, ask_robots=False) as response:
+            return _read(response, ROBOTS_BYTES)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until a time of the monotonic clock. Raises TimeoutError after it."""
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError("time is up")
+    return left
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[tuple]:
+    """(family, sockaddr) of a host. In a thread: getaddrinfo knows no time-out."""
+    answer: Future = Future()
+
+    def ask():
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return [(found[0], found[4]) for found in answer.result(_left(deadline))]
+
+
+def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """A body, or its first limit + 1 bytes. Raises FetchError where it ends too early."""
+    announced, body = response.length, bytearray()
+    while len(body) <= limit and (piece := response.read(min(1 << 16, limit + 1 - len(body)))):
+        body += piece
+    if announced is not None and len(body) < min(announced, limit):
+        raise FetchError("unreachable", f"body ends after {len(body)} of {announced} bytes")
+    return bytes(body)
+
+
+def _require_success(code: int) -> None:
+    if code in _TRY_LATER or code >= 500:
+        raise FetchError("server_error", f"HTTP {code}")
+    if not 200 <= code < 300:
+        raise FetchError("not_found", f"HTTP {code}")
+
+
+@contextmanager
+def _named_errors():
+    """Whatever a network does, as a FetchError."""
+    try:
+        yield
+    except TimeoutError:
+        raise FetchError("timeout", "no complete answer in time") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise FetchError("unreachable", f"{type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise FetchError("refused", f"malformed URL: {error}") from None

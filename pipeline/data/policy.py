@@ -1,0 +1,173 @@
+"""What may be fetched: pure rules over URLs, addresses and paths, all of them written by strangers.
+
+http and https to public addresses, and files below one root; private hosts only where the user
+names them. `pipeline.data.opener` asks these rules before every request, redirects included.
+"""
+
+import ipaddress
+import os
+import re
+import stat
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+VERSION = 1  # raise it when a rule changes what is fetched
+RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost"})
+STATUSES = RETRYABLE | {"refused", "robots", "not_found", "too_large", "not_an_image"}
+
+PLAIN = "/%:=&?~+!$,;'@()*[]|"  # characters of a path or query that are sent as they are
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+
+
+try:
+    _VERSION = version("extrahead")
+except PackageNotFoundError:  # run from a source tree
+    _VERSION = "0"
+USER_AGENT = f"extrahead/{_VERSION} (+img2dataset; image-text datasets)"
+
+
+@dataclass(frozen=True)
+class FetchRules:
+    """What may be fetched, how much of it, how hard to try, and what is stored of it."""
+
+    timeout_s: float  # of one try in total: name, redirects and body; waiting for a turn is free
+    max_bytes: int  # of a body
+    max_pixels: int  # that an image's header may announce
+    max_redirects: int
+    retries: int  # further tries where a later one may succeed
+    allow: tuple[str, ...]  # host names, addresses or networks that may be asked though private
+    root: Path | None  # `file:` paths lie below it; None refuses them all
+    respect_robots: bool
+    per_host: int  # concurrent requests to one host, per worker process
+    image_size: int  # px; the shorter side of a stored image, which is never enlarged
+    quality: int  # of a JPEG, where an image must be encoded
+    user_agent: str = USER_AGENT  # its name, and img2dataset, are looked for in robots.txt
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Lower-case names that a site may know us by."""
+        return frozenset({re.split(r"[/\s]", self.user_agent)[0].lower(), "img2dataset"})
+
+
+class FetchError(Exception):
+    """Why there is no image. As text `<status>: <detail>`, status one of STATUSES."""
+
+    def __init__(self, status: str, detail: str, final: bool = False):
+        """final: trying again in this run would give the same answer."""
+        assert status in STATUSES
+        super().__init__(f"{status}: {detail}")
+        self.status, self.detail = status, detail
+        self.final = final or status not in RETRYABLE
+
+
+def split_error(message: str) -> tuple[str, str]:
+    """(status, detail) of a stored message; one that is not ours is of a URL nobody could parse."""
+    status, _, detail = message.partition(": ")
+    return (status, detail) if status in STATUSES else ("refused", message)
+
+
+class Target(NamedTuple):
+    """An http or https URL, taken apart once, so that what is checked is what is asked."""
+
+    scheme: str
+    host: str  # lower-case ASCII
+    port: int
+    path: str  # with its query, ASCII
+
+    @property
+    def origin(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        usual = self.port == {"http": 80, "https": 443}[self.scheme]
+        return f"{self.scheme}://{host}" + ("" if usual else f":{self.port}")
+
+
+def parse_url(url: str) -> Target:
+    """Raises FetchError `refused` for another scheme and for what is no URL."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise FetchError("refused", f"scheme {parts.scheme!r}; http and https are fetched")
+        host = (parts.hostname or "").removesuffix(".").encode("idna").decode("ascii").lower()
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError as error:
+        raise FetchError("refused", f"malformed URL: {error}") from None
+    if not re.fullmatch(r"[a-z0-9._:-]+", host):
+        raise FetchError("refused", f"malformed host {host!r}")
+    query = f"?{parts.query}" if parts.query else ""
+    return Target(parts.scheme, host, port, quote((parts.path or "/") + query, safe=PLAIN))
+
+
+def is_public(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an address, and every IPv4 address it carries inside, is on the public internet."""
+    return all(
+        a.is_global and not a.is_multicast and (a.version == 4 or a in _GLOBAL_UNICAST)
+        for a in _unwrapped(address)
+    )
+
+
+def _unwrapped(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address]:
+    """The addresses that a packet to this one may end at (IPv4-mapped, NAT64, 6to4, Teredo)."""
+    if address.version == 4:
+        return [address]
+    if address.ipv4_mapped:
+        return [address.ipv4_mapped]
+    if address in _NAT64:
+        return [IPv4Address(int(address) & 0xFFFFFFFF)]
+    return [address, *filter(None, [address.sixtofour]), *(address.teredo or ())]
+
+
+def is_allowed(host: str, address: IPv4Address | IPv6Address, allow: tuple[str, ...]) -> bool:
+    """Whether `allow` names the host, or a network that holds the address."""
+    for entry in allow:
+        try:
+            network = ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            if entry.lower().removesuffix(".") == host:
+                return True
+        else:
+            if all(a in network for a in _unwrapped(address)):
+                return True
+    return False
+
+
+def local_path(url: str, root: Path | None) -> Path:
+    """The file below root that `file:relative/path` means, links followed; `%20` is a blank.
+
+    Raises FetchError `refused` for every way out of root.
+    """
+    if root is None:
+        raise FetchError("refused", "file: paths, for no root is set")
+    path = unquote(url[len("file:") :])
+    if path.startswith("/") or "\0" in path:
+        raise FetchError("refused", f"{url!r} is no relative path; write file:folder/name.jpg")
+    base = os.path.realpath(root)
+    real = Path(os.path.realpath(os.path.join(base, path)))
+    if not real.is_relative_to(base):
+        raise FetchError("refused", f"{url!r} leads out of the root")
+    return real
+
+
+def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
+    """The bytes of a regular file below root. Raises FetchError."""
+    path = local_path(url, root)
+    try:  # NONBLOCK: opening a FIFO would wait for its writer
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise FetchError("refused", f"{url!r} is no regular file")
+            with open(handle, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)
+        finally:
+            os.close(handle)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FetchError("not_found", f"{error.strerror}: {url!r}") from None
+    except OSError as error:
+        raise FetchError("unreachable", f"{error.strerror}: {url!r}") from None
+    if len(data) > max_bytes:
+        raise FetchError("too_large", f"more than {max_bytes} bytes")
+    return data

@@ -1,0 +1,194 @@
+"""The Parquet contract: what every shard of data/ holds, and the only code that writes and reads it.
+
+Plain Parquet for anyone: names explain themselves, embeddings are lists of float16 that DuckDB's
+vector functions take as they are. A shard's footer says how it was made (`provenance`).
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import PipelineError
+
+VERSION = 1  # raise it when a schema or the order of rows changes
+ROWS_PER_GROUP = 256  # bounds a reader's memory: some megabytes of JPEGs
+
+BOX = pa.struct([("text", pa.string()), *[(c, pa.float32()) for c in ("x0", "y0", "x1", "y1")]])
+
+IMAGES = pa.schema(
+    [
+        ("row_id", pa.string()),  # hash of url and its occurrence in the manifest: unique
+        ("image_id", pa.string()),  # hash of url as written
+        ("url", pa.string()),
+        ("caption", pa.string()),  # the first one
+        ("captions", pa.list_(pa.string())),
+        ("label", pa.string()),
+        ("boxes", pa.list_(BOX)),  # in px of the stored image
+        ("status", pa.string()),  # ok, or why there is no image
+        ("error", pa.string()),
+        ("attempts", pa.int32()),  # fetches so far
+        ("width", pa.int32()),  # of the stored image, px
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("sha256_original", pa.string()),  # of the fetched bytes
+        ("sha256", pa.string()),  # of jpg
+        ("jpg", pa.binary()),
+    ]
+)
+
+SELECTION = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("split", pa.string()),  # train, val or test: a function of content
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),  # why not kept; null where kept
+        ("duplicate_of", pa.string()),  # image_id of the one kept of its group
+    ]
+)
+
+
+def teacher_schema(embedding_size: int) -> pa.Schema:
+    """One row per good image and view; row groups never mix views."""
+    return pa.schema(
+        [
+            ("image_id", pa.string()),
+            ("view", pa.int32()),  # 0 is the teacher's own preprocessing
+            ("left", pa.float32()),  # crop box in px of the stored image
+            ("top", pa.float32()),
+            ("right", pa.float32()),
+            ("bottom", pa.float32()),
+            ("flip", pa.bool_()),
+            ("sha256", pa.string()),  # of the JPEG that was embedded
+            ("embedding", pa.list_(pa.float16(), embedding_size)),  # unit length
+        ]
+    )
+
+
+def texts_schema(embedding_size: int) -> pa.Schema:
+    """One row per caption of an image, and one per prompt (image_id null)."""
+    return pa.schema(
+        [
+            ("text_id", pa.string()),
+            ("image_id", pa.string()),
+            ("text", pa.string()),
+            ("embedding", pa.list_(pa.float16(), embedding_size)),  # unit length
+        ]
+    )
+
+
+def index_schema(embedding_size: int) -> pa.Schema:
+    """The student's own embeddings of the evaluated split."""
+    return pa.schema(
+        [("image_id", pa.string()), ("embedding", pa.list_(pa.float16(), embedding_size))]
+    )
+
+
+def to_float16(vectors: np.ndarray) -> np.ndarray:
+    """(n, E) float32 -> (n, E) float16, scaled to unit length in float32 before the cast.
+
+    Raises PipelineError on vectors that are zero or not finite: they can only be a fault upstream.
+    """
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(vectors).all() or (length == 0).any():
+        raise PipelineError(
+            "an embedding is zero or not finite. Check the teacher's weights (or use "
+            "`dtype: float32`) and run the stage again."
+        )
+    return (vectors / length).astype(np.float16)
+
+
+def embedding_column(vectors: np.ndarray) -> pa.Array:
+    """(n, E) float16 -> Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+
+def stored_embeddings(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Arrow column -> (n, E) float16, the very bits."""
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return whole.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+
+
+def embedding_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Arrow column -> (n, E) float32, unit length restored."""
+    matrix = stored_embeddings(column).astype(np.float32)
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
+
+
+def write_shard(
+    path: Path, schema: pa.Schema, groups: Iterable[pa.Table], provenance: dict
+) -> None:
+    """Write tables as row groups, one each. Images and embeddings stay uncompressed: it buys nothing."""
+    schema = schema.with_metadata({"provenance": json.dumps(provenance, sort_keys=True)})
+    plain = {"jpg", "embedding"}
+    leaves = [pq_path for field in schema for pq_path in _leaves(field)]
+    codecs = {name: "none" if name.split(".")[0] in plain else "zstd" for name in leaves}
+    dictionary = [name for name in leaves if name.split(".")[0] in {"status", "label", "split"}]
+    with pq.ParquetWriter(path, schema, compression=codecs, use_dictionary=dictionary) as writer:
+        for table in groups:
+            writer.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
+
+
+def _leaves(field: pa.Field, prefix: str = "") -> list[str]:
+    """Parquet's names of the physical columns below a field."""
+    name = prefix + field.name
+    if pa.types.is_struct(field.type):
+        return [leaf for child in field.type for leaf in _leaves(child, name + ".")]
+    if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+        element = field.type.value_field.with_name("element")
+        return _leaves(element, name + ".list.")
+    return [name]
+
+
+def in_groups(table: pa.Table) -> Iterable[pa.Table]:
+    """Slices of ROWS_PER_GROUP rows."""
+    for start in range(0, table.num_rows, ROWS_PER_GROUP):
+        yield table.slice(start, ROWS_PER_GROUP)
+
+
+def shard_paths(folder: Path, stage: str) -> list[Path]:
+    """The shards of a room, sorted. Raises PipelineError where there is none."""
+    if paths := sorted(folder.glob("*.parquet")):
+        return paths
+    raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {stage}` first.")
+
+
+def open_shard(path: Path, stage: str) -> pq.ParquetFile:
+    """Raises PipelineError for a truncated or foreign file, with the command that mends it."""
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, stage, error) from None
+
+
+def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.Table:
+    """A whole shard, or some of its columns. Raises PipelineError where it is damaged."""
+    try:
+        with open_shard(path, stage) as file:
+            return file.read(columns=columns)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise _damaged(path, stage, error) from None
+
+
+def provenance(path: Path, stage: str) -> dict:
+    """What a shard's footer says of its making."""
+    with open_shard(path, stage) as file:
+        metadata = file.schema_arrow.metadata or {}
+    if b"provenance" not in metadata:
+        raise PipelineError(
+            f"{path} was not written by this pipeline (no provenance in its footer). "
+            f"Move it away and run `pipeline {stage}`."
+        )
+    return json.loads(metadata[b"provenance"])
+
+
+def _damaged(path: Path, stage: str, error: Exception) -> PipelineError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return PipelineError(
+        f"{path} is damaged or no Parquet file ({reason}). "
+        f"Delete the folder {path.parent} and run `pipeline {stage}` again."
+    )

@@ -1,0 +1,78 @@
+"""Are patches comparable with text? Measured where the boxes of named things are known."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data import ledger
+from pipeline.data.targets import text_vectors
+from pipeline.evaluation import metrics
+from pipeline.models.student import Student
+from pipeline.training.batches import Rows, batches_of
+
+BOXES = """
+SELECT image_id, list_filter(boxes, lambda b: trim(b.text) <> '') AS boxes FROM images
+WHERE status = 'ok' AND len(boxes) > 0
+"""
+VIEWS = 'SELECT image_id, "left", top, "right", bottom FROM teacher WHERE view = 0'
+
+
+def pointing_figures(
+    data: Path, split: str, student: Student, batch: int, workers: int
+) -> dict[str, dict]:
+    """Pointing accuracy and energy in the box over a split, or {} where it has no boxes.
+
+    Each beside the boxes' area share (what a random patch gets) as floor, and pointing beside
+    always answering the centre. The boxes' texts were embedded by the teacher's text tower.
+    """
+    connection = ledger.connect(data)
+    boxes = dict(connection.execute(BOXES).fetchall())
+    if not boxes:
+        return {}
+    views = {key: box for key, *box in connection.execute(VIEWS).fetchall()}
+    texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
+    vector_of = dict(zip(texts, vectors, strict=True))
+    rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
+    found: list[dict] = []
+    for seen in batches_of(rows, range(len(rows)), batch, workers=workers):
+        patches = _patches(student, seen.pixels)  # (b, N, E)
+        for key, image_patches in zip(seen.ids, patches, strict=True):
+            named = [box for box in boxes.get(key, []) if box["text"] in vector_of]
+            if named:
+                prompts = np.stack([vector_of[box["text"]] for box in named])  # (r, E)
+                centres = patch_centres(student.config.grid, views[key])
+                corners = np.array([[box[c] for c in ("x0", "y0", "x1", "y1")] for box in named])
+                found.append(
+                    metrics.pointing(
+                        prompts @ image_patches.T,
+                        np.broadcast_to(centres, (len(named), *centres.shape)),
+                        corners,
+                    )
+                )
+    if not found:
+        return {}
+    rates = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    area = float(rates["area"].mean())
+    return {
+        "pairs": len(rates["hit"]),
+        "pointing": metrics.share_interval(rates["hit"])
+        | {"floor": area, "centre": float(rates["centre"].mean()), "ceiling": 1.0},
+        "energy": metrics.mean_interval(rates["energy"]) | {"floor": area, "ceiling": 1.0},
+    }
+
+
+def patch_centres(grid: int, view: list[float]) -> np.ndarray:
+    """(N, 2) x, y of the patches' centres, in px of the stored image; view: its crop box."""
+    left, top, right, bottom = view
+    steps = (np.arange(grid) + 0.5) / grid
+    y, x = np.meshgrid(top + steps * (bottom - top), left + steps * (right - left), indexing="ij")
+    return np.stack([x.ravel(), y.ravel()], axis=1)
+
+
+@torch.inference_mode()
+def _patches(student: Student, pixels: np.ndarray) -> np.ndarray:
+    """(b, S, S, 3) uint8 -> (b, N, E) float32, unit length."""
+    tensor = torch.from_numpy(pixels).to(student.mean.device).permute(0, 3, 1, 2)
+    patches = student.patch_embeddings(student.normalise(tensor))
+    return torch.nn.functional.normalize(patches.float(), dim=-1).cpu().numpy()

@@ -1,0 +1,85 @@
+"""A teacher card: manifests/teachers/NAME.yaml, which names a teacher and what to hold it to.
+
+The card is what DVC and every stamp depend on; a local checkpoint enters by its SHA-256.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from pipeline.core.config import Strict
+from pipeline.core.errors import PipelineError
+
+
+class Golden(Strict):
+    """First values of the unit embeddings of the teacher's fixed test pattern and test text."""
+
+    image: list[float] = Field(min_length=4)
+    text: list[float] = Field(min_length=4)
+
+
+class TeacherCard(Strict):
+    """What a card says."""
+
+    name: str  # how this teacher is called in results
+    model: str  # open_clip model name, or local-dir:FOLDER relative to the card
+    pretrained: str | None  # open_clip tag, or a checkpoint file relative to the card
+    sha256: str | None  # of the local checkpoint's bytes; null for a tag
+    activation: Literal["gelu", "quickgelu"]
+    golden: Golden | None
+
+
+def read_card(path: Path) -> TeacherCard:
+    """Raises PipelineError for a missing, ill-formed or incomplete card."""
+    try:
+        return TeacherCard.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        raise PipelineError(
+            f"no teacher card {path}. `pipeline import teacher` writes one; "
+            "`ls manifests/teachers` shows those that are here."
+        ) from None
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise PipelineError(
+            f"{path} is no teacher card: {'; '.join(lines)}. "
+            f"Expected the keys {', '.join(TeacherCard.model_fields)}."
+        ) from None
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{path} is not YAML: {error}") from None
+
+
+def weights_file(card: TeacherCard, path: Path) -> Path | None:
+    """The local checkpoint that a card names; null for a tag of open_clip's own list."""
+    if card.model.startswith("local-dir:"):
+        folder = path.parent / card.model.removeprefix("local-dir:")
+        files = sorted([*folder.glob("open_clip_model.safetensors"), *folder.glob("*.safetensors")])
+        if not files:
+            raise PipelineError(f"{path}: no *.safetensors in {folder}, so no weights to load.")
+        return files[0]
+    if card.pretrained and (path.parent / card.pretrained).is_file():
+        return path.parent / card.pretrained
+    if card.pretrained and card.pretrained.endswith((".safetensors", ".pt", ".bin", ".pth")):
+        raise PipelineError(f"{path}: no checkpoint {path.parent / card.pretrained}.")
+    return None
+
+
+def check_weights(card: TeacherCard, path: Path) -> None:
+    """Raises PipelineError unless a local checkpoint has the bytes that the card names."""
+    file = weights_file(card, path)
+    if file is None:
+        if not card.pretrained:
+            raise PipelineError(
+                f"{path} names no weights (pretrained is null): the teacher would be random. Name an "
+                "open_clip tag or a checkpoint file."
+            )
+        return
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != card.sha256:
+        raise PipelineError(
+            f"{path}: {file} has SHA-256 {found}, the card says {card.sha256}. Put the right file "
+            "there, or write the card anew with `pipeline import teacher`."
+        )

@@ -1,0 +1,135 @@
+"""A teacher over a shard: views and texts -> float16 vectors, each batch full so that no row's
+bits depend on how many rows there are.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.config import TeacherEmbedConfig
+from pipeline.core.errors import PipelineError
+from pipeline.core.threads import ahead
+from pipeline.data.pixels import NotAnImage, decode, view_pixels
+from pipeline.data.shards import embedding_column, open_shard, to_float16
+from pipeline.data.views import View, canonical_view, random_view
+from pipeline.models.teacher import Teacher
+
+FACTS = ["image_id", "status", "sha256", "width", "height"]
+Known = dict[tuple[str, int], np.ndarray]  # (sha256 of the JPEG, view) -> (E,) float16
+
+
+def view_tables(
+    teacher: Teacher,
+    shard: Path,
+    config: TeacherEmbedConfig,
+    known: Known,
+    workers: int,
+    on_images: Callable[[int], None],
+) -> list[pa.Table]:
+    """All views of a shard's good images, one table per (view, row group of the shard).
+
+    Row group v * G + g of the result holds view v of the good rows of the shard's group g, in
+    their order, so that one view's targets are read without the others'. A view whose vector is
+    known is not computed. on_images is told how many views each batch finished.
+    """
+    with open_shard(shard, "download") as file:
+        groups = [_good_rows(file, g, config, teacher) for g in range(file.num_row_groups)]
+        jobs = _jobs(file, groups, known)
+        seen = chain.from_iterable(ahead(_preparer(teacher), jobs, workers, config.batch))
+        for batch in _batched(seen, config.batch):
+            pixels = np.zeros((config.batch, *batch[0][1].shape), np.uint8)  # the rest stays 0
+            for i, (_, view) in enumerate(batch):
+                pixels[i] = view
+            vectors = to_float16(teacher.embed_images(pixels)[: len(batch)])
+            known.update({key: vector for (key, _), vector in zip(batch, vectors, strict=True)})
+            on_images(len(batch))
+    size = teacher.embedding_size
+    return [_table(rows, v, known, size) for v in range(config.views) for rows in groups]
+
+
+def text_vectors(
+    teacher: Teacher, texts: Iterable[str], batch: int, known: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Each distinct text -> (E,) float16."""
+    distinct = sorted(set(texts))
+    for chunk in _batched([text for text in distinct if text not in known], batch):
+        padded = [*chunk, *[""] * (batch - len(chunk))]
+        vectors = to_float16(teacher.embed_texts(padded)[: len(chunk)])
+        known.update(zip(chunk, vectors, strict=True))
+    return {text: known[text] for text in distinct}
+
+
+def _good_rows(file, group: int, config: TeacherEmbedConfig, teacher: Teacher) -> list[dict]:
+    """Facts and all views' boxes of the good images of one row group."""
+    rows = file.read_row_group(group, columns=FACTS).to_pylist()
+    good = [row | {"place": i} for i, row in enumerate(rows) if row["status"] == "ok"]
+    for row in good:
+        content = row["sha256"], row["width"], row["height"]
+        row["views"] = [canonical_view(*content[1:], teacher.resize_mode)] + [
+            random_view(
+                content[0], v, *content[1:], config.crop_area, config.crop_ratio, config.seed
+            )
+            for v in range(1, config.views)
+        ]
+    return good
+
+
+def _jobs(file, groups: list[list[dict]], known: Known):
+    """(keys, views, jpg) of each image with unknown views, reading one row group at a time."""
+    queued = set(known)
+    for g, rows in enumerate(groups):
+        jpgs = None
+        for row in rows:
+            keys = [(row["sha256"], v) for v in range(len(row["views"]))]
+            missing = [key for key in keys if key not in queued]
+            if not missing:
+                continue
+            queued.update(missing)
+            if jpgs is None:
+                jpgs = file.read_row_group(g, columns=["jpg"])["jpg"]
+            yield missing, [row["views"][v] for _, v in missing], jpgs[row["place"]].as_py()
+
+
+def _preparer(teacher: Teacher) -> Callable:
+    """(keys, views, jpg) -> [(key, (S, S, 3) uint8)]: decoded once, cropped per view."""
+
+    def prepare(job: tuple[list, list[View], bytes]) -> list[tuple[tuple, np.ndarray]]:
+        keys, views, jpg = job
+        try:
+            image = decode(jpg)
+        except NotAnImage as error:
+            raise PipelineError(
+                f"the stored JPEG {keys[0][0]} cannot be decoded ({error}): data/images is damaged. "
+                "Delete it and run `pipeline download` again."
+            ) from None
+        size, how = teacher.image_size, teacher.interpolation
+        return [
+            (key, view_pixels(image, view.box, view.flip, size, how))
+            for key, view in zip(keys, views, strict=True)
+        ]
+
+    return prepare
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of size items; the last may be shorter (itertools.batched needs Python 3.12)."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _table(rows: list[dict], view: int, known: Known, embedding_size: int) -> pa.Table:
+    """One view of one row group, in the columns of teacher_schema."""
+    vectors = [known[row["sha256"], view] for row in rows]
+    boxes = [row["views"][view] for row in rows]
+    matrix = np.array(vectors, np.float16).reshape(len(rows), embedding_size)
+    columns = {"image_id": pa.array([row["image_id"] for row in rows], pa.string())}
+    columns["view"] = pa.array([view] * len(rows), pa.int32())
+    for field in View._fields[:4]:
+        columns[field] = pa.array([getattr(box, field) for box in boxes], pa.float32())
+    columns["flip"] = pa.array([box.flip for box in boxes], pa.bool_())
+    columns["sha256"] = pa.array([row["sha256"] for row in rows], pa.string())
+    return pa.table(columns | {"embedding": embedding_column(matrix)})

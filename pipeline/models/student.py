@@ -1,0 +1,281 @@
+"""The student: one small ViT whose last value per head says how much its patch counts.
+
+Letters: B images, N patches, H heads, C values per head, E = H * C embedding size (the teacher's),
+W = E + H = H * (C + 1) token width, T class tokens, S image size in px, p patch size in px.
+
+    student = Student.load("data/student")
+    embedding, patch_weights = student(student.normalise(uint8_pixels))  # (B, E), (B, N)
+
+A saved student is a folder: model.safetensors under the parameter names of the published
+checkpoints, and config.json, which says the shape, the preprocessing, the teacher, the licence and
+how it was trained, and holds the digest of the weights, so that a mixed pair is noticed.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.core.config import Strict, StudentConfig
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import file_digest, write_file, write_json
+from pipeline.models.blocks import Transformer, neighbourhood_mask
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = 1  # of config.json
+MAX_SCALE = 10.0  # cap of the learned length of same_norm patches
+CLASS_TOKENS = {"extra-head": 0, "mean": 0, "cls": 1, "cls-distill": 2}
+
+RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Preprocessing(Strict):
+    """How pixels reach the student: the teacher's way. The defaults are OpenAI CLIP's."""
+
+    mean: RGB = [0.48145466, 0.4578275, 0.40821073]  # of RGB values in [0, 1]
+    std: RGB = [0.26862954, 0.26130258, 0.27577711]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+class Outputs(NamedTuple):
+    """Everything one pass gives."""
+
+    embedding: Tensor  # (B, E), of no particular length
+    patch_weights: Tensor  # (B, N), >= 0, rows sum to 1
+    patch_embeddings: Tensor  # (B, N, E)
+
+
+class Student(nn.Module):
+    """See the module's docstring. Pools (`config.pool`), over the same trunk:
+
+    extra-head: the embedding is the sum of patch_weights * patch embeddings; the weights are the
+        softmax over patches of the mean over heads of each head's extra value. The published one.
+    mean: the same with equal weights; the extra values are idle.
+    cls: the embedding is a class token's; the patch weights are that token's attention to the
+        patches in the last block, averaged over heads and scaled to sum 1.
+    cls-distill: two such tokens, as DeiT's (Touvron et al. 2021), both trained towards the teacher
+        and averaged at inference.
+
+    Initialisation: truncated normals with CLIP's deviations (Radford et al. 2021), fixed by
+    torch.manual_seed.
+    """
+
+    def __init__(self, config: StudentConfig, preprocessing: Preprocessing | None = None):
+        super().__init__()
+        self.config = config
+        self.preprocessing = preprocessing or Preprocessing()
+        patches, side = config.grid**2, config.patch_size
+        width = config.embedding_size + config.heads
+        tokens = CLASS_TOKENS[config.pool]
+
+        self.conv1 = nn.Conv2d(3, width, side, stride=side, bias=False)
+        self.positional_embedding = nn.Parameter(torch.randn(patches, width) * width**-0.5)
+        if tokens:
+            self.class_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.heads, config.layers)
+        if config.same_norm:
+            self.scale = nn.Parameter(torch.ones(1))
+        nn.init.trunc_normal_(self.conv1.weight, std=(3 * side**2) ** -0.5)
+
+        if config.neighbourhood_mask:
+            seen = neighbourhood_mask(config.grid, tokens)
+            bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        else:
+            bias = None
+        self.register_buffer("attention_bias", bias, persistent=False)  # (T + N, T + N)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.preprocessing, name)).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    @property
+    def temperature(self) -> float:
+        """Of the softmax over patch logits; a lower one picks fewer patches."""
+        return self.config.temperature
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 RGB -> (B, 3, S, S) float32 as `forward` wants it."""
+        if pixels.dtype != torch.uint8:
+            raise PipelineError(
+                f"normalise: found {pixels.dtype} pixels, expected uint8 in [0, 255]"
+            )
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) normalised float pixels -> embedding (B, E), patch_weights (B, N).
+
+        Raises PipelineError for pixels of a wrong type or shape, an empty batch and, outside
+        training (where the loss shows it), for pixels that are not finite.
+        """
+        *below, last = self.transformer.resblocks
+        x = self.embed(pixels)
+        for block in below:
+            x = block(x, self.attention_bias)
+        tokens = last(x, self.attention_bias)
+        if count := self.class_tokens:
+            seen = last.attn.probabilities(last.ln_1(x), self.attention_bias)[:, :, :count, count:]
+            weights = F.normalize(seen.float().mean(dim=(1, 2)), p=1, dim=1)
+            return self._values(tokens[:, :count]).mean(dim=1), weights
+        weights = self._patch_weights(tokens)
+        return self._weighted_sum(tokens, weights), weights
+
+    def patch_embeddings(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, N, E): comparable with the teacher's text embeddings by cosine."""
+        return self.outputs(pixels).patch_embeddings
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, T + N, W): what enters the first block."""
+        self._check(pixels)
+        side, grid = self.config.patch_size, self.config.grid
+        pixels = pixels.unflatten(3, (grid, side)).unflatten(2, (grid, side))  # (B, 3, g, p, g, p)
+        patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 p p)
+        x = F.linear(patches, self.conv1.weight.flatten(1)) + self.positional_embedding
+        if CLASS_TOKENS[self.config.pool]:
+            x = torch.cat([self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return self.ln_pre(x)  # (B, T + N, W)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T + N, W) -> class embeddings (B, T, E), patch embeddings (B, N, E), logits (B, N)."""
+        heads = tokens.float().unflatten(2, (self.config.heads, -1))  # (B, T + N, H, C + 1)
+        values = heads[..., :-1].flatten(2)  # (B, T + N, E)
+        if self.config.same_norm:
+            values = F.normalize(values, dim=2) * self.scale.clamp(max=MAX_SCALE)
+        count = CLASS_TOKENS[self.config.pool]
+        return values[:, :count], values[:, count:], heads[:, count:, :, -1].mean(dim=2)
+
+    def _check(self, pixels: Tensor) -> None:
+        size = self.config.image_size
+        if not pixels.is_floating_point():
+            raise PipelineError(
+                f"found {pixels.dtype} pixels, expected normalised floats: use `student.normalise`"
+            )
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
+            raise PipelineError(
+                f"found pixels of shape {tuple(pixels.shape)}, expected (B, 3, {size}, {size}) with "
+                "B >= 1; `student.resized(S)` gives a student for another image size"
+            )
+        if not (self.training or torch.compiler.is_compiling() or pixels.sum().isfinite()):
+            raise PipelineError(
+                "pixels contain NaN or infinity: the image did not decode as it should"
+            )
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As nn.Module's; the published checkpoints' unused ln_post is dropped."""
+        used = {name: x for name, x in state_dict.items() if not name.startswith("ln_post.")}
+        return super().load_state_dict(used, strict, assign)
+
+    def resized(self, image_size: int) -> "Student":
+        """A student of the same weights for another image size (px, a multiple of the patch size).
+
+        Positions are interpolated in two dimensions, bicubic and antialiased; the same size is an
+        exact copy.
+        """
+        if image_size == self.config.image_size:
+            return copy.deepcopy(self)
+        config = _validated(
+            StudentConfig, {**self.config.model_dump(), "image_size": image_size}, "resized"
+        )
+        state = self.state_dict()
+        grid = state["positional_embedding"].unflatten(0, (self.config.grid, -1)).permute(2, 0, 1)
+        positions = F.interpolate(
+            grid[None], size=(config.grid, config.grid), mode="bicubic", antialias=True
+        )  # (1, W, g, g)
+        state["positional_embedding"] = positions[0].flatten(1).T.contiguous()
+        student = Student(config, self.preprocessing).to(grid.device, grid.dtype)
+        student.load_state_dict(state)
+        return student.train(self.training)
+
+    def save(
+        self,
+        folder: Path | str,
+        *,
+        provenance: dict,
+        teacher: dict | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write the folder that `load` reads; JSON-able records of training, teacher and licence."""
+        folder = Path(folder)
+        state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        write_file(folder / WEIGHTS, lambda partial: save_file(state, partial, {"format": "pt"}))
+        write_json(
+            folder / CONFIG,
+            {
+                "format": FORMAT,
+                "student": self.config.model_dump(),
+                "preprocessing": self.preprocessing.model_dump(),
+                "teacher": teacher,
+                "license": license,
+                "provenance": provenance,
+                "weights_digest": file_digest(folder / WEIGHTS),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Student":
+        """The student that `save` wrote, on the CPU, in evaluation mode.
+
+        Raises PipelineError where a file is missing, does not fit the other or is damaged.
+        """
+        folder = Path(folder)
+        card = read_card(folder)
+        student = cls(
+            _validated(StudentConfig, card.get("student"), folder / CONFIG),
+            _validated(Preprocessing, card.get("preprocessing"), folder / CONFIG),
+        )
+        try:
+            intact = file_digest(folder / WEIGHTS) == card.get("weights_digest")
+            state = load_file(folder / WEIGHTS)
+        except FileNotFoundError:
+            raise PipelineError(f"no {folder / WEIGHTS}. Run `pipeline distill` first.") from None
+        except safetensors.SafetensorError as error:
+            raise PipelineError(
+                f"{folder / WEIGHTS} is no whole safetensors file: {error}"
+            ) from None
+        load_weights(student, state, folder / WEIGHTS)
+        if not intact:
+            raise PipelineError(
+                f"{folder / WEIGHTS} are not the weights that {CONFIG} describes: one of the two "
+                "was replaced. Take both from one run of `pipeline distill`."
+            )
+        return student.eval()
+
+
+def load_weights(student: Student, state: dict[str, Tensor], source: Path | str) -> None:
+    """Put a checkpoint's tensors into a student. Raises PipelineError where they do not fit."""
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise PipelineError(f"{source} does not fit its configuration. {error}") from None
+
+
+def read_card(folder: Path) -> dict:
+    """config.json of a student folder."""
+    path = Path(folder) / CONFIG
+    try:
+        card = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"no {path}. Run `pipeline distill` first.") from None
+    except ValueError as error:
+        raise PipelineError(f"{path} is not JSON: {error}") from None
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise PipelineError(
+            f"{path} is no student of format {FORMAT}. Run `pipeline distill` again."
+        )
+    return card
+
+
+def _validated(model: type[Strict], values, source: Path | str):
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "student"
+        raise PipelineError(
+            f"{source}: {where}: {first['msg']} (found {first['input']!r})"
+        ) from None

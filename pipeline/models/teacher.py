@@ -1,0 +1,175 @@
+"""The teacher: an open_clip model under a card, as a function from pixels and texts to vectors.
+
+Only stage one and what looks at the teacher import this; training never does.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import digest, libraries
+from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
+from pipeline.models.card import TeacherCard, check_weights, read_card, weights_file
+
+import open_clip  # isort: skip
+
+VERSION = 1  # raise it when a change here changes an embedding
+GOLDEN_TEXT = "a photo of a cat"
+FAITHFUL = 0.999  # least cosine per row between bfloat16 and float32
+
+
+class Teacher:
+    """open_clip's two towers, frozen, at float32 until `use` lowers them.
+
+    image_size (px, square), mean, std (of RGB in [0, 1]), interpolation and resize_mode are the
+    model's own preprocessing; embedding_size is E.
+
+    Raises PipelineError: no or wrong weights, a checkpoint of another architecture, an activation
+    or golden vectors other than the card's.
+    """
+
+    def __init__(self, card_path: Path, device: torch.device, *, check_activation: bool = True):
+        self.card = read_card(card_path)
+        self.device, self.dtype = device, torch.float32
+        check_weights(self.card, card_path)
+        self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
+        self._tokenize = open_clip.get_tokenizer(_model_name(self.card, card_path))
+        preprocess = self.model.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        self.interpolation = preprocess["interpolation"]
+        self.resize_mode = preprocess["resize_mode"]
+        if self.resize_mode not in ("shortest", "squash"):
+            raise PipelineError(
+                f"{card_path}: {self.card.model} resizes by {self.resize_mode!r}; only `shortest` "
+                "and `squash` keep a crop box meaningful. Choose another teacher."
+            )
+        if check_activation:  # not while a card is being written
+            self._check_activation(card_path)
+        self._check_golden(card_path)
+        self.embedding_size = self.embed_texts([GOLDEN_TEXT]).shape[1]
+
+    def preprocessing(self) -> dict:
+        """Everything a student needs to see images as this teacher does."""
+        return {
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+        }
+
+    def use(self, dtype: torch.dtype, pixels: np.ndarray, texts: list[str]) -> dict[str, float]:
+        """Go over to dtype; returns the least cosine to float32 on these images and texts.
+
+        pixels: (B, S, S, 3) uint8. Raises PipelineError below FAITHFUL.
+        """
+        if dtype == torch.float32:
+            return {}
+        exact = {"image": self.embed_images(pixels), "text": self.embed_texts(texts)}
+        self.model, self.dtype = self.model.to(dtype), dtype
+        lowered = {"image": self.embed_images(pixels), "text": self.embed_texts(texts)}
+        cosine = {k: float((exact[k] * lowered[k]).sum(1).min(initial=1)) for k in exact}
+        if min(cosine.values()) < FAITHFUL:
+            raise PipelineError(
+                f"in {dtype} this teacher drifts to a cosine of {cosine} from float32 (at least "
+                f"{FAITHFUL} is wanted). Set `teacher_embed.dtype: float32`."
+            )
+        return cosine
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, S, S, 3) uint8 -> (B, E) float32, unit length."""
+        vectors = self.model.encode_image(self.normalised(pixels))  # (B, E)
+        return _unit(vectors)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """n texts -> (n, E) float32, unit length; cut at the context length, as CLIP does."""
+        tokens = self._tokenize(texts).to(self.device)  # (n, T)
+        return _unit(self.model.encode_text(tokens))
+
+    def normalised(self, pixels: np.ndarray) -> torch.Tensor:
+        """(B, S, S, 3) uint8 -> (B, 3, S, S) in the teacher's dtype, on its device."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2)
+        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+        return ((x.float() / 255 - mean) / std).to(self.dtype)
+
+    def golden(self) -> dict[str, list[float]]:
+        """What a card records to recognise this teacher: 8 values per tower, float32."""
+        ramp = np.linspace(0, 255, self.image_size).astype(np.uint8)
+        pattern = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1][None]), -1)
+        image, text = self.embed_images(pattern[None])[0], self.embed_texts([GOLDEN_TEXT])[0]
+        return {"image": image[:8].round(5).tolist(), "text": text[:8].round(5).tolist()}
+
+    def activation(self) -> str:
+        """The activation that was really built, whatever the checkpoint's name suggests."""
+        kinds = {type(module) for module in self.model.visual.modules()}
+        return "quickgelu" if open_clip.transformer.QuickGELU in kinds else "gelu"
+
+    def _check_activation(self, card_path: Path) -> None:
+        if (found := self.activation()) != self.card.activation:
+            raise PipelineError(
+                f"{card_path}: {self.card.model} was built with {found}, the card says "
+                f"{self.card.activation}. OpenAI's weights need a model name that ends in "
+                "-quickgelu; correct `model` or `activation`."
+            )
+
+    def _check_golden(self, card_path: Path) -> None:
+        if self.card.golden is None:
+            return
+        for tower, found in self.golden().items():
+            expected = getattr(self.card.golden, tower)
+            if not np.allclose(found[: len(expected)], expected, atol=1e-3):
+                raise PipelineError(
+                    f"{card_path}: the {tower} tower answers {found[:4]} ... to the test input, "
+                    f"the card's golden vector is {expected[:4]} .... These are other weights or "
+                    "another activation; use the right ones, or write the card anew."
+                )
+
+
+def teacher_recipe(card: TeacherCard, card_path: Path) -> dict:
+    """What determines this teacher's vectors, apart from dtype and batch size."""
+    weights = weights_file(card, card_path)
+    config = weights.parent / "open_clip_config.json" if weights else None
+    local = card.model.startswith("local-dir:") and config.is_file()
+    return {
+        "card": card.model_dump(exclude={"golden"}),
+        "config": digest(config.read_text()) if local else None,
+        "version": VERSION,
+    }
+
+
+def teacher_libraries() -> dict[str, str]:
+    return libraries("torch", "open_clip_torch", "pillow", "simplejpeg", "pyarrow")
+
+
+def _model_name(card: TeacherCard, path: Path) -> str:
+    if card.model.startswith("local-dir:"):
+        return f"local-dir:{(path.parent / card.model.removeprefix('local-dir:')).resolve()}"
+    return card.model
+
+
+def _load(card: TeacherCard, path: Path) -> torch.nn.Module:
+    weights = weights_file(card, path)
+    pretrained = None if card.model.startswith("local-dir:") else str(weights or card.pretrained)
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(
+            _model_name(card, path), pretrained=pretrained, require_pretrained=True
+        )
+        return model
+    except Exception as error:  # open_clip raises a dozen kinds; all are the card's or the file's
+        reason = " ".join(str(error).split())[:400]
+        raise PipelineError(
+            f"{path}: {card.model} with {pretrained or card.model} cannot be loaded: {reason}. "
+            "Check that model and checkpoint belong together and that the checkpoint is whole "
+            "(`open_clip.list_pretrained()` lists the tags)."
+        ) from None
+
+
+def _unit(vectors: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()

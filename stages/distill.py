@@ -1,0 +1,133 @@
+"""data/images + data/teacher + data/selection -> data/student: train, from Parquet alone.
+
+Run:   pipeline distill [--device cuda] [--workers 8], or under torchrun for several GPUs
+Cost:  the student's own training; no teacher is built. A killed run goes on from its checkpoint.
+"""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pipeline.core.config import DistillConfig
+from pipeline.core.devices import pick_device
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
+from pipeline.data.runs import append_run
+from pipeline.data.targets import training_mean
+from pipeline.models import student as students
+from pipeline.models.student import Preprocessing, Student
+from pipeline.training import batches, loop
+from pipeline.training.batches import Epochs, Rows, batches_of, training_batches
+from pipeline.training.loop import Trainer, write_log
+from pipeline.training.ranks import Ranks
+
+STAGE = "distill"
+CHECKPOINT, LOG, METRICS = "checkpoint.pt", "training.csv", "training.json"
+FILES = [students.WEIGHTS, students.CONFIG, LOG, METRICS]
+LOG_EVERY = 10  # steps
+VALIDATED = 1024  # images of the validation split that are looked at during training, at most
+
+
+def distill(
+    config: DistillConfig, data: Path, *, device: str = "auto", workers: int = 2
+) -> dict[str, float]:
+    """Write data/student; returns the last validation figures.
+
+    workers: threads that decode and crop. Raises PipelineError: an earlier stage is missing or
+    was made from other inputs, a student that does not fit the teacher, fewer images than a batch,
+    a loss that is not finite.
+    """
+    ranks = Ranks(pick_device(device))
+    ranks.check_batch(config.batch)
+    try:
+        with lock(data, STAGE) if ranks.first else nullcontext():
+            ranks.wait()
+            recipe, teacher = _recipe(config, data)
+            work = Work(data, STAGE, data / "student", recipe)
+            if not work.published():
+                _train(work, config, data, teacher, ranks, workers)
+            return read_stamp(work.out, STAGE)["summary"]
+    finally:
+        ranks.end()
+
+
+def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
+    """What determines the student, and what is known of its teacher."""
+    images = content(read_stamp(data / "images", "download"))
+    teacher = read_stamp(data / "teacher", "teacher_embed")
+    selection = read_stamp(data / "selection", "select")
+    made_from = teacher["recipe"]["images"], selection["recipe"]["images"]
+    if made_from != (images, images) or selection["recipe"]["teacher"] != content(teacher):
+        raise PipelineError(
+            "data/images, data/teacher and data/selection are not of one run. Run "
+            "`pipeline teacher-embed`, then `pipeline select`."
+        )
+    size = teacher["summary"]["embedding_size"]
+    if size != config.student.embedding_size:
+        raise PipelineError(
+            f"the teacher's embeddings have {size} values, distill.student.embedding_size is "
+            f"{config.student.embedding_size}. Set it to {size}."
+        )
+    versions = {"batches": batches.VERSION, "loop": loop.VERSION, "student": students.FORMAT}
+    recipe = {"config": config.model_dump(), "versions": versions, "images": images}
+    recipe |= {"teacher": content(teacher), "selection": content(selection)}
+    return recipe, teacher["summary"]
+
+
+def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, workers) -> None:
+    if ranks.first:
+        work.begin()
+    ranks.wait()
+    how = {name: teacher["preprocessing"][name] for name in ("mean", "std", "interpolation")}
+    seen = config.student.image_size, how["interpolation"]
+    rows = Rows(
+        data, "train", *seen, views=config.views, captions=config.loss.caption > 0,
+        window=config.window,
+    )  # fmt: skip
+    epochs = Epochs(rows, config.seed, config.batch, config.window)
+    held_out = Rows(data, "val", *seen)
+    torch.manual_seed(config.seed)
+    trainer = Trainer(
+        config, Student(config.student, Preprocessing(**how)), training_mean(data), ranks
+    )
+    if (work.folder / CHECKPOINT).is_file():
+        trainer.restore(work.folder / CHECKPOINT)
+    began, first_step = time.monotonic(), trainer.step
+    steps = training_batches(
+        epochs, trainer.step, config.steps, workers=workers, rank=ranks.rank, ranks=ranks.size
+    )
+    with tqdm(
+        total=config.steps * config.batch, initial=trainer.step * config.batch, unit="image",
+        desc=STAGE, disable=not ranks.first, smoothing=0.05,
+    ) as bar:  # fmt: skip
+        for batch in steps:
+            values = trainer.train_step(batch)
+            bar.update(config.batch)
+            ends = trainer.step % config.validate_every == 0 or trainer.step == config.steps
+            if trainer.step % LOG_EVERY == 0 or ends:
+                trainer.log.append({"step": trainer.step} | values)
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
+            if ends:
+                looked_at = range(min(len(held_out), VALIDATED))
+                found = batches_of(held_out, looked_at, config.batch, workers=workers)
+                trainer.log[-1] |= trainer.validate(found)
+                if ranks.first:
+                    trainer.save(work.folder / CHECKPOINT)
+    if ranks.first:
+        _publish(work, trainer, teacher, data, began, (config.steps - first_step) * config.batch)
+    ranks.wait()
+
+
+def _publish(work: Work, trainer: Trainer, teacher: dict, data: Path, began, images) -> None:
+    made = {"stage": STAGE, "stamp": work.stamp, **work.recipe}
+    made |= {"libraries": libraries("torch", "numpy", "pyarrow", "duckdb", "simplejpeg")}
+    trainer.averaged_student().save(work.folder, provenance=made, teacher=teacher)
+    work.commit(LOG, lambda partial: write_log(partial, trainer.log))
+    figures = {"steps": trainer.step, "undecodable_rows": trainer.lost} | trainer.log[-1]
+    write_json(work.folder / METRICS, figures)
+    work.publish(FILES, figures)
+    device = str(trainer.ranks.device)
+    append_run(data, STAGE, work.stamp, work.recipe, figures, device, began, images)

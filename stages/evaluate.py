@@ -1,0 +1,199 @@
+"""data/student + stored teacher vectors -> data/evaluation: figures, index, plots.
+
+Run:   pipeline evaluate
+Cost:  the student's forward pass over all kept images, once; the teacher's weights are not needed.
+"""
+
+import csv
+import io
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from pipeline.core.config import EvaluateConfig
+from pipeline.core.devices import pick_device
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
+from pipeline.data import shards
+from pipeline.data.runs import append_run
+from pipeline.data.targets import split_vectors, text_vectors, training_mean
+from pipeline.evaluation import metrics
+from pipeline.evaluation.grounding import pointing_figures
+from pipeline.models.student import Student
+from pipeline.training.batches import Rows, batches_of
+
+STAGE = "evaluate"
+VERSION = 1  # raise it when a figure is computed in another way
+METRICS, RETRIEVAL = "metrics.json", "retrieval.csv"
+
+
+def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", workers: int = 2) -> dict:
+    """Write data/evaluation; returns the figures, each beside floor and ceiling.
+
+    Raises PipelineError: no student, or one trained on other data than lies here.
+    """
+    with lock(data, STAGE):
+        recipe = _recipe(config, data)
+        work = Work(data, STAGE, data / "evaluation", recipe)
+        if not work.published():
+            work.begin()
+            began, target = time.monotonic(), pick_device(device)
+            student = Student.load(data / "student").to(target)
+            embedded = _write_index(work, config, data, student, workers)
+            figures = _figures(work, config, data, student, workers)
+            write_json(work.folder / METRICS, figures)
+            work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
+            index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
+            work.publish([METRICS, RETRIEVAL, *index], figures)
+            append_run(
+                data, STAGE, work.stamp, recipe, _flat(figures), str(target), began, embedded
+            )
+        return read_stamp(work.out, STAGE)["summary"]
+
+
+def _recipe(config: EvaluateConfig, data: Path) -> dict:
+    student = read_stamp(data / "student", "distill")
+    inputs = {
+        "images": content(read_stamp(data / "images", "download")),
+        "teacher": content(read_stamp(data / "teacher", "teacher_embed")),
+        "selection": content(read_stamp(data / "selection", "select")),
+    }
+    if changed := [name for name, found in inputs.items() if student["recipe"][name] != found]:
+        raise PipelineError(
+            f"data/student was trained on other {', '.join(changed)} than data/ holds now. Run "
+            "`pipeline distill` first."
+        )
+    versions = {"evaluate": VERSION, "shards": shards.VERSION}
+    recipe = {"config": config.model_dump(), "versions": versions, "student": content(student)}
+    return recipe | inputs
+
+
+def _write_index(work: Work, config, data: Path, student: Student, workers: int) -> int:
+    """The student's embedding of every kept image, a shard at a time; returns how many."""
+    how = student.preprocessing.interpolation
+    rows = Rows(data, None, student.config.image_size, how)
+    numbers = np.arange(len(rows))
+    done = 0
+    with tqdm(total=len(rows), unit="image", desc=STAGE) as bar:
+        for shard in np.unique(rows.places[:, 0]):
+            name, mine = f"index/{shard:05}.parquet", numbers[rows.places[:, 0] == shard]
+            if not work.has(name):
+                ids, vectors = [], []
+                for batch in batches_of(rows, mine, config.batch, workers=workers):
+                    ids += batch.ids
+                    vectors.append(_embedded(student, batch.pixels))
+                    bar.update(len(batch.ids))
+                done += len(ids)
+                table = pa.table(
+                    {
+                        "image_id": pa.array(ids, pa.string()),
+                        "embedding": shards.embedding_column(
+                            shards.to_float16(np.concatenate(vectors))
+                        ),
+                    }
+                )
+                schema = shards.index_schema(student.config.embedding_size)
+                made = {"stage": STAGE, "student": work.recipe["student"]}
+                made["libraries"] = libraries("torch", "pyarrow")
+                work.commit(
+                    name,
+                    partial(
+                        shards.write_shard,
+                        schema=schema,
+                        groups=shards.in_groups(table),
+                        provenance=made,
+                    ),
+                )
+    return done
+
+
+@torch.inference_mode()
+def _embedded(student: Student, pixels: np.ndarray) -> np.ndarray:
+    """(b, S, S, 3) uint8 -> (b, E) float32."""
+    tensor = torch.from_numpy(pixels).to(student.mean.device).permute(0, 3, 1, 2)
+    return student(student.normalise(tensor))[0].float().cpu().numpy()
+
+
+def _figures(work: Work, config, data: Path, student: Student, workers: int) -> dict:
+    ids, teacher = split_vectors(data, config.split)
+    index = {}
+    for path in sorted((work.folder / "index").glob("*.parquet")):
+        table = shards.read_shard(path, "evaluate")
+        vectors = shards.embedding_matrix(table["embedding"])
+        index |= zip(table["image_id"].to_pylist(), vectors, strict=True)
+    lost = [key for key in ids if key not in index]
+    kept = [i for i, key in enumerate(ids) if key in index]
+    ids, teacher = [ids[i] for i in kept], teacher[kept]
+    found = np.stack([index[key] for key in ids])
+    mean = training_mean(data)
+    own = np.arange(len(ids))
+    figures = {
+        "split": config.split,
+        "images": len(ids),
+        "undecodable": len(lost),
+        "fidelity": metrics.fidelity(found, teacher, mean),
+        "student_to_teacher": _with_ceiling(
+            metrics.recall(metrics.ranks_of_own(found, teacher, own), len(ids)),
+            metrics.recall(metrics.ranks_of_own(teacher, teacher, own), len(ids)),
+        ),
+    }
+    place = {key: i for i, key in enumerate(ids)}
+    texts, text_ids, vectors = text_vectors(data, "image_id IS NOT NULL", [])
+    mine = [i for i, key in enumerate(text_ids) if key in place]
+    if mine:
+        right = np.array([place[text_ids[i]] for i in mine])
+        by_student = metrics.ranks_of_own(vectors[mine], found, right)
+        by_teacher = metrics.ranks_of_own(vectors[mine], teacher, right)
+        figures["text_to_image"] = _with_ceiling(
+            metrics.recall(by_student, len(ids)), metrics.recall(by_teacher, len(ids))
+        ) | {
+            "queries": len(mine),
+            "distinct_texts": len({texts[i] for i in mine}),
+            "overlap@10": _overlap(vectors[mine], found, teacher),
+        }
+    pointing = pointing_figures(data, config.split, student, config.batch, workers)
+    return figures | ({"pointing": pointing} if pointing else {})
+
+
+def _with_ceiling(student: dict, teacher: dict) -> dict:
+    return {k: figure | {"ceiling": teacher[k]["value"]} for k, figure in student.items()}
+
+
+def _overlap(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> dict:
+    """Agreement of the ten best images of a text, by student and by teacher."""
+    shares = [
+        metrics.overlap_at(10, block @ student.T, block @ teacher.T)
+        for block in np.array_split(texts, max(1, len(texts) // 1024))
+    ]
+    floor = min(1.0, 10 / len(student))
+    return metrics.mean_interval(np.concatenate(shares)) | {"floor": floor, "ceiling": 1.0}
+
+
+def _retrieval_csv(figures: dict) -> str:
+    """R@k as a table that `dvc plots` renders."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["task", "k", "who", "recall"])
+    for task in ("student_to_teacher", "text_to_image"):
+        for k in metrics.RANKS if task in figures else ():
+            figure = figures[task][f"R@{k}"]
+            for who, value in (("student", "value"), ("chance", "floor"), ("teacher", "ceiling")):
+                writer.writerow([task, k, who, figure[value]])
+    return text.getvalue()
+
+
+def _flat(figures: dict, prefix: str = "") -> dict:
+    """Nested figures -> {"fidelity.cosine": value}, for the table of runs."""
+    flat = {}
+    for key, figure in figures.items():
+        if isinstance(figure, dict):
+            nested = {"": figure["value"]} if "value" in figure else _flat(figure, ".")
+            flat |= {f"{prefix}{key}{k}": v for k, v in nested.items()}
+        elif isinstance(figure, int | float):
+            flat[f"{prefix}{key}"] = figure
+    return flat

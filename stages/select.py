@@ -1,0 +1,138 @@
+"""data/images + data/teacher -> data/selection: what is trained on, held out and left out, and why.
+
+Run:   pipeline select
+Cost:  one DuckDB query over the shards, no pixels; near duplicates compare all pairs of embeddings.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.core.config import SelectConfig
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import Work, content, libraries, lock, read_stamp
+from pipeline.data import ledger, shards
+from pipeline.data.duplicates import near_duplicate_groups
+
+STAGE = "select"
+VERSION = 1  # raise it when the query changes its answer
+FILE = "selection.parquet"
+
+
+def select(config: SelectConfig, data: Path) -> dict[str, int]:
+    """Write data/selection; returns the number of images by split or by reason to leave them out.
+
+    Raises PipelineError: earlier stages missing or not of one run, a condition that is no SQL,
+    nothing left to train on or to hold out.
+    """
+    with lock(data, STAGE):
+        images = content(read_stamp(data / "images", "download"))
+        teacher = read_stamp(data / "teacher", "teacher_embed")
+        if teacher["recipe"]["images"] != images:
+            raise PipelineError(
+                "data/teacher was made from other images than data/images holds now. Run "
+                "`pipeline teacher-embed` first."
+            )
+        versions = {"select": VERSION, "shards": shards.VERSION}
+        recipe = {"config": config.model_dump(), "versions": versions}
+        recipe |= {"images": images, "teacher": content(teacher)}
+        work = Work(data, STAGE, data / "selection", recipe)
+        if not work.published():
+            work.begin()
+            table = _selected(config, data)
+            made = {"stage": STAGE, **recipe, "libraries": libraries("duckdb", "pyarrow")}
+            work.commit(
+                FILE,
+                partial(
+                    shards.write_shard,
+                    schema=shards.SELECTION,
+                    groups=shards.in_groups(table),
+                    provenance=made,
+                ),
+            )
+            work.publish([FILE], _counts(table))
+        counts = read_stamp(work.out, STAGE)["summary"]
+    if missing := [split for split in ("train", "test") if not counts.get(split)]:
+        raise PipelineError(
+            f"no image is left for {' and '.join(missing)}: {counts}. Loosen select.where, change "
+            "select.test, or add images."
+        )
+    return counts
+
+
+def _selected(config: SelectConfig, data: Path) -> pa.Table:
+    groups = []
+    if config.near_duplicates < 1:
+        groups = near_duplicate_groups(data / "teacher", config.near_duplicates)
+    near = pa.table(
+        {
+            "image_id": pa.array([key for group in groups for key in group], pa.string()),
+            "family": pa.array([group[0] for group in groups for _ in group], pa.string()),
+        }
+    )
+    connection = ledger.connect(data)
+    connection.register("near", near)
+    try:
+        return connection.sql(QUERY.format(**config.model_dump())).to_arrow_table()
+    except duckdb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PipelineError(
+            f"select.where: {config.where!r} does not work as a condition over images: {reason}. "
+            "It may name the columns of `images` and caption_similarity."
+        ) from None
+
+
+# An exact duplicate shares its content's hash, a near duplicate its family: either way a group is
+# one unit, its split follows from content alone, and one member that passes the filter is kept.
+QUERY = """
+WITH fetched AS (
+    SELECT * EXCLUDE (jpg) FROM images
+    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY attempts DESC NULLS LAST, row_id) = 1
+), vectors AS (
+    SELECT image_id, embedding FROM teacher WHERE view = 0
+), captioned AS (
+    SELECT texts.image_id,
+           max(list_cosine_similarity(vectors.embedding, texts.embedding)) AS caption_similarity
+    FROM texts JOIN vectors USING (image_id) GROUP BY texts.image_id
+), families AS (
+    SELECT fetched.*, vectors.image_id IS NOT NULL AS embedded, caption_similarity,
+           coalesce(min(near.family) OVER (PARTITION BY sha256_original), sha256_original, image_id)
+               AS family
+    FROM fetched LEFT JOIN vectors USING (image_id) LEFT JOIN captioned USING (image_id)
+    LEFT JOIN near USING (image_id)
+), judged AS (
+    SELECT *, coalesce(({where}), false) AS wanted,
+           CASE WHEN status <> 'ok' THEN status WHEN NOT embedded THEN 'no embedding'
+                WHEN NOT wanted THEN 'where' END AS flaw,
+           min(sha256_original) OVER (PARTITION BY family) AS content
+    FROM families
+), placed AS (
+    SELECT *, CAST(('0x' || content[1:13])::UBIGINT AS DOUBLE) / power(16, 13) AS place,
+           first_value(CASE WHEN flaw IS NULL THEN image_id END) OVER (
+               PARTITION BY family ORDER BY flaw NULLS FIRST, image_id
+               ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS kept,
+           first_value(CASE WHEN flaw IS NULL THEN sha256_original END) OVER (
+               PARTITION BY family ORDER BY flaw NULLS FIRST, image_id
+               ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS kept_content
+    FROM judged
+)
+SELECT image_id,
+       CASE WHEN place < {test} THEN 'test' WHEN place < {test} + {val} THEN 'val'
+            WHEN place IS NOT NULL THEN 'train' END AS split,
+       flaw IS NULL AND image_id = kept AS keep,
+       CASE WHEN flaw IS NOT NULL THEN flaw WHEN image_id = kept THEN NULL
+            WHEN sha256_original = kept_content THEN 'duplicate' ELSE 'near duplicate' END AS reason,
+       CASE WHEN flaw IS NULL AND image_id <> kept THEN kept END AS duplicate_of
+FROM placed ORDER BY image_id
+"""
+
+
+def _counts(table: pa.Table) -> dict[str, int]:
+    rows = zip(*(table[name].to_pylist() for name in ("keep", "split", "reason")), strict=True)
+    counts: dict[str, int] = {}
+    for keep, split, reason in rows:
+        key = split if keep else f"left out: {reason}"
+        counts[key] = counts.get(key, 0) + 1
+    return dict(sorted(counts.items()))

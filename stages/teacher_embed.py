@@ -1,0 +1,233 @@
+"""data/images -> data/teacher: every image and text embedded once by the frozen teacher.
+
+Run:   pipeline teacher-embed [--device cuda]
+Cost:  the teacher's forward pass, once per image and view; a killed run loses at most a shard.
+       More views, more images or edited captions cost only what is new.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from pipeline.core.config import TeacherEmbedConfig
+from pipeline.core.devices import pick_device, pick_dtype
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import Work, content, digest, lock, read_stamp, write_json
+from pipeline.data import pixels, shards, views
+from pipeline.data.texts import box_texts, read_prompts, text_id
+from pipeline.models.card import read_card
+from pipeline.models.embedding import Known, text_vectors, view_tables
+from pipeline.models.teacher import Teacher, teacher_libraries, teacher_recipe
+
+STAGE = "teacher_embed"
+PROBE = 32  # images and texts on which bfloat16 is held against float32
+PROBE_FILE = "fidelity.json"
+PROMPTS = "texts/prompts.parquet"
+
+
+def teacher_embed(
+    config: TeacherEmbedConfig, data: Path, *, device: str = "auto", workers: int = 2
+) -> dict:
+    """Write data/teacher/images and data/teacher/texts; returns counts and the dtype used.
+
+    workers: threads that decode and crop. Raises PipelineError: no images, no or a wrong teacher,
+    embeddings of another teacher already there, a prompt file that is missing.
+    """
+    with lock(data, STAGE):
+        images = read_stamp(data / "images", "download")
+        card_path, target = Path(config.card), pick_device(device)
+        dtype = pick_dtype(config.dtype, target)
+        vectors = {  # what determines the vector of given pixels or of a text
+            "teacher": teacher_recipe(read_card(card_path), card_path),
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": config.batch,
+            "versions": {"pixels": pixels.VERSION, "shards": shards.VERSION},
+        }
+        crops = config.model_dump(include={"crop_area", "crop_ratio", "seed"})
+        crops["version"] = views.VERSION
+        prompts = {*read_prompts(Path(config.prompts)), *box_texts(data / "images")}
+        recipe = vectors | {"crops": crops, "views": config.views}
+        prompts = sorted(prompts)
+        recipe |= {"images": content(images), "prompts": digest(prompts)}
+        work = Work(data, STAGE, data / "teacher", recipe)
+        if not work.published():
+            _refuse_other_teacher(work.out, vectors)
+            work.begin()
+            origins = _origins(images, vectors, crops, config.views, prompts)
+            missing = [name for name in origins if not _settled(work, name, origins[name])]
+            if missing:
+                teacher = Teacher(card_path, target)
+                _lower(teacher, dtype, work, data / "images")
+                _embed(teacher, work, config, data / "images", missing, origins, prompts, workers)
+            work.publish(list(origins), _summary(work, list(origins), recipe))
+        return read_stamp(work.out, STAGE)["summary"]
+
+
+def _refuse_other_teacher(out: Path, vectors: dict) -> None:
+    """A teacher's run may have cost days: a direct command never replaces it by another's."""
+    try:
+        found = read_stamp(out, STAGE)["recipe"]["teacher"]
+    except (PipelineError, KeyError):
+        return
+    if found != vectors["teacher"]:
+        raise PipelineError(
+            f"{out} holds embeddings of another teacher ({found['card']['name']}) than params.yaml "
+            f"names ({vectors['teacher']['card']['name']}). Move {out} away to embed with this "
+            "one, or run `dvc repro`, which keeps the old ones in its cache."
+        )
+
+
+def _origins(images: dict, vectors: dict, crops: dict, count: int, prompts: list[str]) -> dict:
+    """Every file of the out, with all that determines its bytes."""
+    origins = {}
+    for name, entry in images["files"].items():
+        origins[f"texts/{name}"] = vectors | {"input": entry["sha256"]}
+        origins[f"images/{name}"] = origins[f"texts/{name}"] | {"crops": crops, "views": count}
+    return origins | {PROMPTS: vectors | {"input": digest(prompts)}}
+
+
+def _settled(work: Work, name: str, origin: dict) -> bool:
+    """True once the work folder holds the file, taken over from an earlier run where it can be."""
+    if work.has(name):
+        return True
+    for folder in work.earlier():
+        if (folder / name).is_file():
+            made = shards.provenance(folder / name, STAGE)
+            if origin.items() <= made.items():
+                work.adopt(name, folder / name)
+                return True
+    return False
+
+
+def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
+    """Go over to dtype, with the difference from float32 measured on some rows and recorded."""
+    found, texts = [], []
+    for path in shards.shard_paths(images, "download"):
+        table = shards.read_shard(
+            path, "download", ["status", "jpg", "width", "height", "captions"]
+        )
+        for row in table.slice(0, 4 * PROBE).to_pylist():
+            if row["status"] == "ok" and len(found) < PROBE:
+                box = views.canonical_view(row["width"], row["height"], teacher.resize_mode).box
+                image = pixels.decode(row["jpg"])
+                found.append(pixels.view_pixels(image, box, False, teacher.image_size))
+                texts += row["captions"][:1]
+        if len(found) == PROBE:
+            break
+    if not found:
+        raise PipelineError(f"{images} holds no image to embed. `pipeline download --retry`?")
+    cosine = teacher.use(dtype, np.stack(found), texts or ["a photo"])
+    write_json(work.folder / PROBE_FILE, {"least_cosine_to_float32": cosine, "rows": len(found)})
+
+
+def _embed(teacher, work, config, images, missing, origins, prompts, workers) -> None:
+    """Compute and commit what is missing, a shard at a time."""
+    extra = {"preprocessing": teacher.preprocessing(), "libraries": teacher_libraries()}
+    size = teacher.embedding_size
+    todo = [name for name in missing if name.startswith("images/")]
+    with tqdm(total=_views_in(images, todo) * config.views, unit="image", desc=STAGE) as bar:
+        for name in missing:
+            source, schema = images / Path(name).name, shards.texts_schema(size)
+            if name.startswith("images/"):
+                known = _known_views(work, name, origins[name])
+                before = len(known)
+                tables = view_tables(teacher, source, config, known, workers, bar.update)
+                bar.update(sum(table.num_rows for table in tables) - (len(known) - before))
+                schema = shards.teacher_schema(size)
+            else:
+                rows = [(None, text) for text in prompts]
+                if name != PROMPTS:
+                    rows = _captions(source)
+                known = _known_texts(work, name, origins[name])
+                found = text_vectors(teacher, [text for _, text in rows], config.batch, known)
+                tables = shards.in_groups(_text_table(rows, found, size))
+            made = origins[name] | extra
+            write = partial(shards.write_shard, schema=schema, groups=tables, provenance=made)
+            work.commit(name, write)
+
+
+def _views_in(images: Path, names: list[str]) -> int:
+    """Good images in these shards."""
+    statuses = (
+        shards.read_shard(images / Path(name).name, "download", ["status"])["status"].to_pylist()
+        for name in names
+    )
+    return sum(found.count("ok") for found in statuses)
+
+
+def _earlier_shards(work: Work, name: str, origin: dict, keys: tuple[str, ...]):
+    """(provenance, table) of each earlier file of this name made alike in keys."""
+    for folder in work.earlier():
+        if (folder / name).is_file():
+            made = shards.provenance(folder / name, STAGE)
+            if all(made.get(key) == origin[key] for key in keys):
+                yield made, shards.read_shard(folder / name, STAGE)
+
+
+SAME_VECTORS = ("teacher", "dtype", "batch", "versions")
+
+
+def _known_views(work: Work, name: str, origin: dict) -> Known:
+    """Vectors that an earlier run of the same teacher holds for the same pixels."""
+    known: Known = {}
+    for made, table in _earlier_shards(work, name, origin, SAME_VECTORS):
+        same_crops = made["crops"] == origin["crops"]
+        vectors = shards.stored_embeddings(table["embedding"])
+        keys = zip(table["sha256"].to_pylist(), table["view"].to_pylist(), strict=True)
+        for (content_hash, view), vector in zip(keys, vectors, strict=True):
+            if view < origin["views"] and (view == 0 or same_crops):
+                known[content_hash, view] = vector
+    return known
+
+
+def _known_texts(work: Work, name: str, origin: dict) -> dict[str, np.ndarray]:
+    known = {}
+    for _, table in _earlier_shards(work, name, origin, SAME_VECTORS):
+        known |= zip(
+            table["text"].to_pylist(), shards.stored_embeddings(table["embedding"]), strict=True
+        )
+    return known
+
+
+def _captions(shard: Path) -> list[tuple[str, str]]:
+    """(image_id, caption), each once, in the shard's order; captions of lost images too."""
+    table = shards.read_shard(shard, "download", ["image_id", "captions"])
+    rows = zip(table["image_id"].to_pylist(), table["captions"].to_pylist(), strict=True)
+    return list(dict.fromkeys((key, text) for key, texts in rows for text in texts or []))
+
+
+def _text_table(rows: list[tuple], found: dict[str, np.ndarray], size: int) -> pa.Table:
+    matrix = np.array([found[text] for _, text in rows], np.float16).reshape(len(rows), size)
+    return pa.table(
+        {
+            "text_id": pa.array([text_id(*row) for row in rows], pa.string()),
+            "image_id": pa.array([key for key, _ in rows], pa.string()),
+            "text": pa.array([text for _, text in rows], pa.string()),
+            "embedding": shards.embedding_column(matrix),
+        }
+    )
+
+
+def _summary(work: Work, names: list[str], recipe: dict) -> dict:
+    """Counts, and what later stages need to know of the teacher without loading it."""
+    counts = {"images": 0, "texts": 0}
+    for name in names:
+        with shards.open_shard(work.folder / name, STAGE) as file:
+            counts[name.split("/")[0]] += file.metadata.num_rows
+    made = shards.provenance(work.folder / PROMPTS, STAGE)
+    with shards.open_shard(work.folder / PROMPTS, STAGE) as file:
+        size = file.schema_arrow.field("embedding").type.list_size
+    probe = work.folder / PROBE_FILE
+    return {
+        "teacher": recipe["teacher"]["card"],
+        "embedding_size": size,
+        "preprocessing": made["preprocessing"],
+        "dtype": recipe["dtype"],
+        "fidelity": json.loads(probe.read_text()) if probe.is_file() else None,
+        "views": recipe["views"],
+        **counts,
+    }

@@ -1,0 +1,472 @@
+"""What may be fetched: addresses, URLs, paths, robots, and the opener that obeys, on loopback."""
+
+import re
+import socket
+import threading
+import time
+from ipaddress import ip_address
+from urllib.request import Request
+
+import pytest
+import server as web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data import opener as opener_module
+from pipeline.data.opener import Opener
+from pipeline.data.policy import (
+    FetchError,
+    FetchRules,
+    is_allowed,
+    is_public,
+    local_path,
+    parse_url,
+    read_local,
+    split_error,
+)
+from pipeline.data.robots import forbidden_by_tag, may_fetch, robots_rules
+
+US = frozenset({"extrahead", "img2dataset"})
+
+
+def opener(**changes) -> Opener:
+    return Opener(
+        FetchRules(
+            **dict(
+                timeout_s=2.0,
+                max_bytes=100_000,
+                max_pixels=1_000_000,
+                max_redirects=3,
+                retries=0,
+                allow=("127.0.0.1",),
+                root=None,
+                user_agent="extrahead/0 (+img2dataset; test)",
+                respect_robots=False,
+                per_host=8,
+                image_size=64,
+                quality=90,
+            )
+            | changes
+        )
+    )
+
+
+def get(url: str, **changes) -> bytes:
+    return opener(**changes).open(Request(url)).read()
+
+
+def why_not(url: str, **changes) -> str:
+    """The status with which a fetch fails."""
+    with pytest.raises(FetchError) as caught:
+        get(url, **changes)
+    return caught.value.status
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("8.8.8.8", "93.184.216.34", "2606:2800:220:1::1"),
+        *("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"),
+    ],
+)
+def test_an_address_on_the_internet_is_public(address):
+    assert is_public(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.255.255.254", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.0.1"),
+        *("169.254.169.254", "100.64.0.1", "192.0.2.1", "224.0.0.1", "240.0.0.1"),
+        *("255.255.255.255", "198.18.0.1", "::", "::1", "::7f00:1", "fe80::1", "fe80::1%eth0"),
+        *("fc00::1", "fec0::1", "ff02::1", "2001:db8::1", "2001:0:808:808::f7f7:f7f7"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1"),
+        *("2002:7f00:1::", "2002:a00:1::1"),
+    ],
+)
+def test_an_address_that_may_end_inside_is_not_public(address):
+    assert not is_public(ip_address(address))
+
+
+def test_allow_takes_names_addresses_and_networks_and_nothing_beside_them():
+    allow = ("images.internal", "10.1.0.0/16", "fd00::/8", "127.0.0.1")
+    for host, address in [
+        ("images.internal", "192.168.7.7"),
+        ("x", "10.1.2.3"),
+        ("x", "::ffff:10.1.2.3"),
+        ("x", "fd00::1"),
+        ("x", "127.0.0.1"),
+    ]:
+        assert is_allowed(host, ip_address(address), allow)
+    for host, address in [
+        ("evil.images.internal", "192.168.7.7"),
+        ("images.internal.evil", "192.168.7.7"),
+        ("x", "10.2.0.1"),
+        ("x", "127.0.0.2"),
+        ("x", "2002:a01:203::1"),
+    ]:
+        assert not is_allowed(host, ip_address(address), allow)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "2130706433", "0x7f000001", "0177.0.0.1", "0x7f.1", "127.1", "0"),
+        *("[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost", "user:word@127.0.0.1"),
+        *("127.0.0.1.", "\uff11\uff12\uff17.0.0.1", "8.8.8.8@127.0.0.1", "127.0.0.1#@8.8.8.8"),
+    ],
+)
+def test_no_notation_of_this_machine_gets_through(host):
+    with web.serve({"/": b"secret"}) as server:
+        port = "" if "#" in host else f":{server.port}"
+        assert why_not(f"http://{host}{port}/", allow=()) == "refused"
+        assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://example.org/a", "gopher://example.org", "jar:http://x", "javascript:1", "//x/y"),
+        *("http://", "http:///a", "http://a b/", "http://[::1", "http://x:99999/", "http://x\x0b/"),
+        *("http://" + "a" * 64 + ".org/", "http://exa%6dple.org/", "HTTPS", ""),
+    ],
+)
+def test_what_is_no_http_url_is_refused(url):
+    with pytest.raises(FetchError, match=r"^refused: "):
+        parse_url(url)
+
+
+def test_a_url_is_sent_as_plain_ascii_whatever_it_was_written_with():
+    target = parse_url("HTTP://B\u00fccher.example:80/a b/\u00e9%20x.jpg?q=\u00fc c#part")
+    assert target == ("http", "xn--bcher-kva.example", 80, "/a%20b/%C3%A9%20x.jpg?q=%C3%BC%20c")
+    assert target.origin == "http://xn--bcher-kva.example"
+    assert parse_url("https://[2606::1]:444").origin == "https://[2606::1]:444"
+
+
+@given(st.text())
+def test_parsing_a_url_either_gives_clean_parts_or_is_refused(text):
+    try:
+        target = parse_url("http://" + text)
+    except FetchError as error:
+        assert error.status == "refused"
+    else:
+        assert re.fullmatch(r"[!-~]+", target.host + target.path)
+
+
+def answers(monkeypatch, *hosts: str) -> list:
+    """Name servers that answer another address at every question; the questions so far."""
+    asked, real = [], socket.getaddrinfo
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        asked.append(host)
+        return real(hosts[min(len(asked), len(hosts)) - 1], port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch):
+    with web.serve({"/": b"image"}) as server:
+        asked = answers(monkeypatch, "127.0.0.1", "10.0.0.1")
+        assert get(server.url("/", "rebinding.example")) == b"image"
+    assert asked == ["rebinding.example"]
+    assert server.requests[0][1]["Host"] == f"rebinding.example:{server.port}"
+
+
+def test_a_name_that_turns_inside_after_the_check_reaches_nothing(monkeypatch):
+    with web.serve({"/": b"secret"}) as server:
+        asked = answers(monkeypatch, "127.0.0.2", "127.0.0.1")
+        assert why_not(server.url("/", "rebinding.example"), allow=("127.0.0.2",)) == "unreachable"
+    assert (asked, server.requests) == (["rebinding.example"], [])
+
+
+def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
+    def getaddrinfo(host, port, **_):
+        stream = socket.AF_INET, socket.SOCK_STREAM, 6, ""
+        return [(*stream, ("8.8.8.8", port)), (*stream, ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert why_not("http://two.example/", allow=()) == "refused"
+
+
+def test_a_slow_name_server_is_a_timeout(monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(60) and [])
+    assert why_not("http://slow.example/", timeout_s=0.2) == "timeout"
+    done.set()
+
+
+def test_a_redirect_is_checked_like_a_first_request():
+    pages = {"/inside": b"secret"}
+    with web.serve(pages) as server:
+        pages["/"] = web.redirect(server.url("/inside", "127.0.0.1"))
+        named = server.url("/", "localhost")
+        assert why_not(named, allow=("localhost",)) == "refused"
+        assert server.paths() == ["/"]
+        assert get(named, allow=("localhost", "127.0.0.1")) == b"secret"
+
+
+def test_a_public_host_may_not_redirect_into_a_network_that_is_allowed(monkeypatch):
+    """`allow` is for URLs that the user's list names, not for what strangers point at."""
+    monkeypatch.setattr(opener_module, "is_public", lambda address: str(address) == "127.0.0.1")
+    pages = {}
+    with web.serve(pages) as server:
+        pages["/"] = web.redirect(server.url("/inside", "127.0.0.2"))
+        assert why_not(server.url("/"), allow=("127.0.0.0/8",)) == "refused"
+
+
+def test_a_relative_redirect_in_raw_utf8_is_followed():
+    target = "/\u00e9.jpg".encode().decode("latin-1")
+    with web.serve({"/": web.redirect(target), "/%C3%A9.jpg": b"image"}) as server:
+        assert get(server.url("/")) == b"image"
+
+
+def test_the_time_is_for_all_redirects_together():
+    pages = {f"/{i}": web.after(0.5, web.redirect(f"/{i + 1}")) for i in range(3)}
+    with web.serve(pages | {"/3": web.after(0.5, web.body(b"image"))}) as server:
+        assert get(server.url("/2"), timeout_s=1.5) == b"image"
+        assert why_not(server.url("/0"), timeout_s=1.5) == "timeout"
+
+
+def test_a_drip_of_headers_ends_in_time_and_so_does_a_stuck_tls_handshake():
+    with web.serve({"/": web.drip(b"x" * 1000, 0.05)}) as server:
+        start = time.monotonic()
+        assert why_not(server.url("/"), timeout_s=0.5) == "timeout"
+        assert time.monotonic() - start < 10  # the drip takes 50 s
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        assert why_not(url, timeout_s=0.5) == "timeout"
+
+
+def chunked(*lines: bytes):
+    def answer(request):
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(b"".join(line + b"\r\n" for line in lines))
+
+    return answer
+
+
+def test_chunked_bodies_are_read_bounded_and_must_be_complete():
+    pages = {
+        "/whole": chunked(b"5", b"image", b"0", b""),
+        "/cut": chunked(b"5", b"im"),
+        "/big": chunked(b"fffff", b"x" * 0xFFFFF, b"0", b""),
+        "/nonsense": chunked(b"zz", b"image"),
+    }
+    with web.serve(pages) as server:
+        assert get(server.url("/whole")) == b"image"
+        assert why_not(server.url("/cut")) == "unreachable"
+        assert why_not(server.url("/big")) == "too_large"
+        assert why_not(server.url("/nonsense")) == "unreachable"
+
+
+def test_a_body_of_exactly_the_limit_is_taken_and_one_byte_more_is_not():
+    with web.serve({"/9": b"x" * 9, "/10": b"x" * 10}) as server:
+        assert get(server.url("/9"), max_bytes=9) == b"x" * 9
+        assert why_not(server.url("/10"), max_bytes=9) == "too_large"
+
+
+def test_what_may_succeed_later_is_tried_again_and_nothing_else():
+    pages = {
+        "/flaky": web.in_turn(web.status(503), web.reset, web.body(b"image")),
+        "/down": web.status(500),
+        "/gone": web.status(404),
+    }
+    with web.serve(pages) as server:
+        assert get(server.url("/flaky"), retries=2) == b"image"
+        assert why_not(server.url("/down"), retries=1) == "server_error"
+        assert why_not(server.url("/gone"), retries=2) == "not_found"
+    assert server.paths() == ["/flaky"] * 3 + ["/down"] * 2 + ["/gone"]
+
+
+def test_a_host_gets_no_more_requests_at_once_than_allowed_and_waiting_costs_no_time():
+    with web.serve({"/": web.after(0.3, web.body(b"image"))}) as server:
+        shared, bodies = opener(per_host=2, timeout_s=1.0), []
+        fetch = lambda: bodies.append(shared.open(Request(server.url("/"))).read())  # noqa: E731
+        threads = [threading.Thread(target=fetch) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert bodies == [b"image"] * 10
+    assert server.most_at_once == 2
+
+
+def test_https_is_verified_against_the_name_not_the_address(tmp_path, monkeypatch):
+    certificate = web.make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with web.serve({"/": b"image"}, certificate) as server:
+        assert get(server.url("/", "localhost"), allow=("localhost",)) == b"image"
+        assert why_not(server.url("/", "127.0.0.1")) == "unreachable"
+        monkeypatch.delenv("SSL_CERT_FILE")
+        assert why_not(server.url("/", "localhost"), allow=("localhost",)) == "unreachable"
+
+
+@pytest.fixture
+def root(tmp_path):
+    inner = tmp_path / "root"
+    (inner / "folder").mkdir(parents=True)
+    (inner / "folder" / "a b#1.jpg").write_bytes(b"image")
+    (inner / "inward").symlink_to("folder/a b#1.jpg")
+    (tmp_path / "rooted").mkdir()
+    (tmp_path / "rooted" / "secret").write_bytes(b"secret")
+    (inner / "outward").symlink_to(tmp_path / "rooted")
+    return inner
+
+
+def test_a_local_file_is_read_as_written_escaped_or_through_an_inward_link(root):
+    for url in ("file:folder/a b#1.jpg", "file:folder/a%20b%231.jpg", "file:inward"):
+        assert read_local(url, root, 9) == b"image"
+        assert get(url, root=root) == b"image"
+    assert get("file:folder/../inward", root=root) == b"image"
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("file:../rooted/secret", "refused"),
+        ("file:folder/../../rooted/secret", "refused"),
+        ("file:%2e%2e/rooted/secret", "refused"),
+        ("file:outward/secret", "refused"),
+        ("file:///etc/passwd", "refused"),
+        ("file:/etc/passwd", "refused"),
+        ("file://localhost/etc/passwd", "refused"),
+        ("file:%2Fetc/passwd", "refused"),
+        ("file:a%00b", "refused"),
+        ("file:folder", "refused"),
+        ("file:folder/none.jpg", "not_found"),
+        ("file:inward/below.jpg", "not_found"),
+    ],
+)
+def test_no_local_path_leads_out_of_the_root(root, url, status):
+    assert why_not(url, root=root) == status
+
+
+def test_without_a_root_no_file_is_read_and_too_large_ones_are_not_either(root):
+    assert why_not("file:inward", root=None) == "refused"
+    assert why_not("file:inward", root=root, max_bytes=4) == "too_large"
+
+
+@given(st.text(alphabet=st.sampled_from("./%2eEfF~\\ab\0")))
+def test_every_local_path_lies_below_the_root_or_is_refused(tmp_path_factory, text):
+    root = tmp_path_factory.getbasetemp()
+    try:
+        assert local_path("file:" + text, root).is_relative_to(root.resolve())
+    except FetchError as error:
+        assert error.status == "refused"
+
+
+def test_an_error_is_read_back_from_its_text_and_a_strange_text_counts_as_refused():
+    assert split_error(str(FetchError("timeout", "a: b"))) == ("timeout", "a: b")
+    assert split_error("unknown url type: 'x'") == ("refused", "unknown url type: 'x'")
+
+
+RFC_9309 = """\ufeff# comment
+User-Agent: *
+Disallow: *.gif$
+Disallow: /example/
+Allow: /publications/
+sitemap: https://example.org/map
+
+user-agent: foobot
+user-agent: ExtraHead # two names, one group
+Disallow: /
+Allow: /example/page.html
+Allow: /example/allowed.gif
+
+User-agent: bazbot
+Disallow: /example/page.html
+
+User-agent: img2dataset
+Disallow: /example/allowed.gif?no
+Disallow:
+"""
+
+
+def test_groups_that_name_us_count_together_and_the_others_not_at_all():
+    rules = robots_rules(RFC_9309, US)
+    assert may_fetch(rules, "/example/page.html")
+    assert may_fetch(rules, "/example/allowed.gif")
+    assert not may_fetch(rules, "/example/allowed.gif?no")
+    assert not may_fetch(rules, "/publications/")
+
+
+def test_a_robot_that_no_group_names_follows_the_star():
+    rules = robots_rules(RFC_9309, {"other"})
+    assert not may_fetch(rules, "/a/b.gif")
+    assert not may_fetch(rules, "/%65xample/x")
+    assert may_fetch(rules, "/a/b.gif?x") and may_fetch(rules, "/publications/")
+    assert may_fetch(robots_rules("", US), "/") and may_fetch(robots_rules("nonsense", US), "/")
+
+
+def test_the_longest_rule_wins_and_allow_wins_a_tie():
+    text = "User-agent: *\nDisallow: /p\nAllow: /p\nDisallow: /p/q*\nAllow: /p/q/r"
+    rules = robots_rules(text, US)
+    paths = {"/p": True, "/p/qq": False, "/p/q/r": True, "/x": True}
+    assert {path: may_fetch(rules, path) for path in paths} == paths
+
+
+@given(st.text("ab*$", max_size=9), st.text("ab$", max_size=9))
+def test_robots_patterns_match_as_the_regular_expression_they_stand_for(pattern, path):
+    anchored = pattern.endswith("$")
+    pieces = pattern.removesuffix("$").split("*")
+    expression = ".*".join(map(re.escape, pieces)) + (r"\Z" if anchored else "")
+    expected = re.match(expression, path) is None
+    assert may_fetch([(pattern, False)], path) == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "directive"),
+    [
+        (["noai"], "noai"),
+        (["nofollow, NoImageAI"], "noimageai"),
+        (["nofollow", "none"], "none"),
+        (["img2dataset: noindex"], "noindex"),
+        (["googlebot: nofollow, extrahead: noai"], "noai"),
+        (["unavailable_after: 25 Jun 2030 15:00:00 GMT, noai"], "noai"),
+        (["googlebot: noindex, noai"], None),
+        (["max-image-preview: none"], None),
+        (["all", "nofollow"], None),
+        ([], None),
+    ],
+)
+def test_robots_tags_count_where_they_are_for_us_or_everyone(headers, directive):
+    assert forbidden_by_tag(headers, US) == directive
+
+
+def test_robots_txt_that_is_missing_allows_and_one_that_fails_forbids():
+    with web.serve({"/a": b"image"}) as server:
+        assert get(server.url("/a"), respect_robots=True) == b"image"
+    for answer, status in [
+        (web.status(403), None),
+        (web.status(500), "server_error"),
+        (web.never, "timeout"),
+        (web.redirect("http://10.0.0.1/robots.txt"), "refused"),
+        (web.redirect("/elsewhere"), "robots"),
+    ]:
+        forbidding = b"User-agent: *\nDisallow: /a"
+        pages = {"/a": b"image", "/robots.txt": answer, "/elsewhere": forbidding}
+        with web.serve(pages) as server:
+            asked = dict(respect_robots=True, timeout_s=0.5)
+            if status is None:
+                assert get(server.url("/a"), **asked) == b"image"
+            else:
+                assert why_not(server.url("/a"), **asked) == status
+                assert "/a" not in server.paths()
+
+
+def test_only_the_beginning_of_an_endless_robots_txt_is_read():
+    with web.serve({"/a": b"image", "/robots.txt": web.endless}) as server:
+        assert get(server.url("/a"), respect_robots=True) == b"image"
+
+
+def test_robots_are_not_asked_where_they_need_not_be_respected():
+    pages = {
+        "/a": web.body(b"image", X_Robots_Tag="none"),
+        "/robots.txt": b"User-agent: *\nDisallow: /",
+    }
+    with web.serve(pages) as server:
+        assert get(server.url("/a"), respect_robots=False) == b"image"
+        assert why_not(server.url("/a"), respect_robots=True) == "robots"
