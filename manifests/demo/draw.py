@@ -45,7 +45,7 @@ SHAPES = {
     "frame": lambda u, v: np.maximum(abs(u), abs(v)) >= 0.6,
 }
 SIZES = {"small": (0.27, 0.34), "large": (0.42, 0.52)}  # side of the box / side of the scene
-OBJECT_COUNTS = {1: 0.02, 2: 0.4, 3: 0.58}  # objects in a scene: how often
+OBJECT_COUNTS = {1: 0.15, 2: 0.4, 3: 0.45}  # objects in a scene: how often
 COLOUR_JITTER, NOISE = 18, 5  # of 255
 SUBSAMPLES = 4  # per pixel and axis, for smooth edges
 
@@ -77,6 +77,7 @@ class Thing:
     x: int
     y: int
     side: int
+    place: str
 
     @property
     def text(self) -> str:
@@ -84,7 +85,7 @@ class Thing:
 
     @property
     def description(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
+        return f"a {self.size} {self.colour} {self.shape} {self.place}"
 
     def touches(self, other: "Thing") -> bool:
         """True where the boxes overlap or share an edge."""
@@ -100,6 +101,12 @@ def caption(things: list[Thing]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def place(across: float, down: float) -> str:
+    """The name of a point's ninth of the picture, from its coordinates in [0, 1]."""
+    words = ("top", "", "bottom")[int(down * 3)], ("left", "", "right")[int(across * 3)]
+    return " ".join(word for word in words if word) or "centre"
+
+
 def place_things(rng: np.random.Generator, size: int) -> list[Thing]:
     """One to three objects that do not touch and differ in colour or shape, in random order."""
     count = rng.choice(list(OBJECT_COUNTS), p=list(OBJECT_COUNTS.values()))
@@ -110,7 +117,8 @@ def place_things(rng: np.random.Generator, size: int) -> list[Thing]:
         side = int(rng.integers(round(low * size), round(high * size) + 1))
         x, y = rng.integers(0, size - side + 1, 2)
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(list(SHAPES)))
-        thing = Thing(kind, colour, shape, int(x), int(y), side)
+        where = place((x + side / 2) / size, (y + side / 2) / size)
+        thing = Thing(kind, colour, shape, int(x), int(y), side, where)
         if any(thing.touches(other) or thing.text == other.text for other in things):
             things = []  # start again: two large objects may leave no room for a third
         else:

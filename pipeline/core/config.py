@@ -5,6 +5,7 @@ command-line option. Unknown, missing and ill-typed keys are errors that name th
 section, the key, what was found and what is allowed.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
@@ -87,7 +89,7 @@ class TeacherEmbedConfig(Strict):
     views: Positive  # per image; view 0 is the teacher's own preprocessing
     crop_area: Span  # share of the image's area, of views 1, 2, ...
     crop_ratio: Span  # width / height
-    seed: int
+    seed: Seed
     dtype: Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the hardware is fast at it
     batch: Positive  # a row's last bits depend on it
     prompts: str  # text file, a prompt a line, embedded beside captions and box texts
@@ -126,6 +128,12 @@ class LossWeights(Strict):
     relational: Weight  # cross-entropy of student-teacher similarities in the batch, both centred
     caption: Weight  # CLIP's symmetric loss against the captions' text embeddings
 
+    @model_validator(mode="after")
+    def _something_is_learned(self):
+        if not any(self.model_dump().values()):
+            raise ValueError("every weight is 0; give one of them a value above 0")
+        return self
+
 
 class DistillConfig(Strict):
     """data/images + data/teacher + data/selection -> data/student."""
@@ -134,7 +142,7 @@ class DistillConfig(Strict):
     loss: LossWeights
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
-    noise: Weight  # photometric noise for the student alone: brightness and contrast, 0 to 1
+    noise: Fraction  # photometric noise for the student alone: brightness and contrast
     steps: Positive
     batch: Positive  # images a step, over all ranks
     learning_rate: PositiveFloat
@@ -146,7 +154,7 @@ class DistillConfig(Strict):
     precision: Literal["bfloat16", "float32"]  # of the matrix products
     validate_every: Positive  # steps; also when a checkpoint is written
     window: Positive  # row groups that are shuffled together
-    seed: int
+    seed: Seed
 
 
 class EvaluateConfig(Strict):
@@ -166,17 +174,30 @@ SECTIONS: dict[str, type[Strict]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """With YAML 1.2's floats, as DVC reads and writes them: 1e-05 is a number, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def load_section(params: Path, section: str) -> Strict:
     """The validated section of a params.yaml.
 
     Raises PipelineError naming file, section, key, what was found and what is allowed.
     """
     try:
-        document = yaml.safe_load(params.read_text())
+        document = yaml.load(params.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise PipelineError(
             f"no {params} here. Run `pipeline init demo`, or name one with --params."
         ) from None
+    except OSError as error:
+        raise PipelineError(f"{params} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{params} is not YAML: {error}") from None
     if not isinstance(document, dict):

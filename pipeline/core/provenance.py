@@ -23,6 +23,7 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 
 STAMP_FILE = "stamp.json"
+STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary"}
 PARTIAL = ".partial"
 
 
@@ -71,6 +72,8 @@ def lock(data: Path, stage: str) -> Iterator[None]:
 
     Raises PipelineError naming who holds it.
     """
+    if data.exists() and not data.is_dir():
+        raise PipelineError(f"{data} is a file. Name a folder with --data.")
     path = data / ".work" / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -93,13 +96,20 @@ def read_stamp(out: Path, stage: str) -> dict:
     """The stamp file of a finished stage. Raises PipelineError where the stage has not finished."""
     command = stage.replace("_", "-")
     try:
-        return json.loads((out / STAMP_FILE).read_text())
-    except FileNotFoundError:
+        stamp = json.loads((out / STAMP_FILE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise PipelineError(f"no {out / STAMP_FILE}. Run `pipeline {command}` first.") from None
     except ValueError as error:
-        raise PipelineError(
-            f"{out / STAMP_FILE} is damaged ({error}). Delete {out} and run `pipeline {command}`."
-        ) from None
+        raise _damaged(out, command, str(error)) from None
+    if not isinstance(stamp, dict) or not stamp.keys() >= STAMP_KEYS:
+        raise _damaged(out, command, f"it has not the keys {', '.join(sorted(STAMP_KEYS))}")
+    return stamp
+
+
+def _damaged(out: Path, command: str, reason: str) -> PipelineError:
+    return PipelineError(
+        f"{out / STAMP_FILE} is damaged ({reason}). Delete {out} and run `pipeline {command}`."
+    )
 
 
 def content(stamp: dict) -> str:
@@ -121,22 +131,36 @@ class Work:
         self.folder = self.room / self.stamp
 
     def published(self) -> bool:
-        """True if the out already holds this very run, whole."""
+        """True if the out already holds this very run, whole, and nothing else."""
         try:
             stamp = read_stamp(self.out, self.stage)
         except PipelineError:
             return False
-        return stamp.get("stamp") == self.stamp and all(
+        whole = stamp["stamp"] == self.stamp and all(
             (self.out / name).is_file() and (self.out / name).stat().st_size == entry["bytes"]
             for name, entry in stamp["files"].items()
         )
+        return whole and not self._strangers()
 
     def begin(self) -> None:
-        """Refuse an out that holds strangers' files; open the work folder."""
-        self._refuse_strangers()
+        """Refuse an out that holds strangers' files; open the work folder.
+
+        What was damaged since an earlier run finished goes: its out shares the bytes (hard links),
+        so that deleting the damaged out alone would bring them back.
+        """
+        if strangers := self._strangers():
+            raise PipelineError(
+                f"{self.out} holds files that {self.stage} did not write: "
+                f"{', '.join(strangers[:3])}{' ...' if len(strangers) > 3 else ''}. "
+                "Move them away and run the command again."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.rglob("*" + PARTIAL):
             leftover.unlink()
+        if (self.folder / STAMP_FILE).is_file():
+            for name, entry in read_stamp(self.folder, self.stage)["files"].items():
+                if self.has(name) and file_digest(self.folder / name) != entry["sha256"]:
+                    (self.folder / name).unlink()
 
     def earlier(self) -> list[Path]:
         """Folders whose finished files may be taken over: other stamps' work, then the out."""
@@ -156,6 +180,7 @@ class Work:
 
     def commit(self, name: str, write: Callable[[Path], None]) -> None:
         """Finish one file of the work folder; the only door through which one gets there."""
+        (self.folder / STAMP_FILE).unlink(missing_ok=True)  # a finished run's no longer
         write_file(self.folder / name, write)
 
     def adopt(self, name: str, source: Path) -> None:
@@ -196,21 +221,17 @@ class Work:
         for folder in self._other_stamps():
             shutil.rmtree(folder)
 
-    def _refuse_strangers(self) -> None:
-        if not self.out.exists() or not any(self.out.iterdir()):
-            return
+    def _strangers(self) -> list[str]:
+        """Files of the out that no finished run of this stage wrote."""
+        if not self.out.is_dir():
+            return [self.out.name] if self.out.exists() else []
         try:
             stamp = read_stamp(self.out, self.stage)
             ours = {STAMP_FILE, *stamp["files"]} if stamp["stage"] == self.stage else set()
-        except (PipelineError, KeyError, TypeError):
+        except PipelineError:
             ours = set()
         files = {str(p.relative_to(self.out)) for p in self.out.rglob("*") if not p.is_dir()}
-        if strangers := sorted(files - ours):
-            raise PipelineError(
-                f"{self.out} holds files that {self.stage} did not write: "
-                f"{', '.join(strangers[:3])}{' ...' if len(strangers) > 3 else ''}. "
-                "Move them away and run the command again."
-            )
+        return sorted(files - ours)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,15 @@ def print_answer(data: Path, sql: str, form: str) -> None:
         raise PipelineError(
             "Parquet is binary: redirect it, `... --format parquet > answer.parquet`."
         )
-    answer = ledger.ask(data, sql, Path("manifests"))
+    answer = ledger.ask(data, sql, Path("manifests"), arrow=form == "parquet")
     try:
         {"table": _table, "csv": _csv, "json": _json, "parquet": _parquet}[form](answer)
-    except duckdb.Error as error:  # some faults show only while rows are made
-        raise PipelineError(str(error).strip().splitlines()[0]) from None
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # of rows that are made only now
+        if getattr(error, "errno", None):
+            raise
+        raise PipelineError(str(error).strip().splitlines()[0]) from None
 
 
 def _rows(answer) -> Iterator[tuple]:
@@ -59,7 +62,8 @@ def _cell(value) -> str:
         return "NULL"
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
-    text = f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "".join(c if c.isprintable() else " " for c in text)  # strangers' captions: no escapes
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
 
 
@@ -73,15 +77,22 @@ def _json(answer) -> None:
     """One object a line, which any tool reads as a stream."""
     names = [column[0] for column in answer.description]
     for row in _rows(answer):
-        print(json.dumps(dict(zip(names, row, strict=True)), default=_plain, ensure_ascii=False))
+        values = map(_plain, row)
+        print(json.dumps(dict(zip(names, values, strict=True)), default=str, ensure_ascii=False))
 
 
 def _plain(value):
-    return value.hex() if isinstance(value, bytes) else str(value)
+    """JSON has no bytes and no NaN."""
+    if isinstance(value, list):
+        return [_plain(element) for element in value]
+    if isinstance(value, dict):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, bytes):
+        return value.hex()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parquet(answer) -> None:
-    reader = answer.to_arrow_reader(10_000)
+def _parquet(reader: pa.RecordBatchReader) -> None:
     with pq.ParquetWriter(pa.PythonFile(sys.stdout.buffer, "w"), reader.schema) as writer:
         for batch in reader:
             writer.write_batch(batch)

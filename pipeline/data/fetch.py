@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -109,7 +110,9 @@ def _running(lists, raw: Path, rules: FetchRules, processes: int, threads: int, 
     Its standard input is a pipe that we hold: when we are gone it reads an end of file.
     """
     raw.mkdir()
+    scratch = tempfile.mkdtemp(prefix="extrahead-")  # what its logger leaves behind on every start
     quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    quiet["TMPDIR"] = scratch
     code = _CHILD.format(str(Path(__file__).resolve().parents[2]))
     with (raw.parent / LOG).open("wb") as log:
         child = subprocess.Popen(
@@ -131,6 +134,7 @@ def _running(lists, raw: Path, rules: FetchRules, processes: int, threads: int, 
         with suppress(BrokenPipeError):
             child.stdin.close()
         child.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _child() -> None:

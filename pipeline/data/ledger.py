@@ -1,8 +1,10 @@
 """DuckDB over data/: the tables images, teacher, texts, selection and runs, for reading only."""
 
+from glob import escape
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 
@@ -23,7 +25,7 @@ def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
     """
     connection = duckdb.connect()
     for table, (shards, command) in TABLES.items():
-        pattern = data.resolve() / shards
+        pattern = f"{escape(str(data.resolve()))}/{shards}"
         if any(data.glob(shards)):
             try:
                 connection.execute(
@@ -35,15 +37,18 @@ def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
                     f"{pattern} cannot be read: {_reason(error)}. Delete the damaged folder and run "
                     f"`pipeline {command}` again."
                 ) from None
-    allowed = ", ".join(_quoted(f"{folder.resolve()}/") for folder in (data, *readable))
+    folders = [str(folder.resolve()) for folder in (data, *readable)]
+    allowed = ", ".join(_quoted(f"{name}/") for name in [*folders, *map(escape, folders)])
     connection.execute(f"SET allowed_directories = [{allowed}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
 
 
-def ask(data: Path, sql: str, *readable: Path) -> duckdb.DuckDBPyConnection:
-    """Run exactly one SELECT; the connection returned has its result.
+def ask(
+    data: Path, sql: str, *readable: Path, arrow: bool = False
+) -> duckdb.DuckDBPyConnection | pa.RecordBatchReader:
+    """Run exactly one SELECT; what is returned has its rows, computed while they are fetched.
 
     Raises PipelineError: anything but one SELECT (COPY may write inside allowed folders), SQL
     that is wrong, a table whose stage has not run.
@@ -57,10 +62,12 @@ def ask(data: Path, sql: str, *readable: Path) -> duckdb.DuckDBPyConnection:
                 f"expected exactly one SELECT, found {', '.join(kinds) or 'nothing'}: "
                 "`pipeline query` only reads."
             )
+        if arrow:
+            return connection.sql(statements[0]).to_arrow_reader(10_000)
         return connection.execute(statements[0])
     except duckdb.CatalogException as error:
         for table, (_, command) in TABLES.items():
-            if f"Table with name {table} " in str(error):
+            if f"table with name {table} " in str(error).lower():
                 raise PipelineError(
                     f"there is no table {table} yet. Run `pipeline {command}` first."
                 ) from None

@@ -7,6 +7,8 @@ nothing, and its shard is a bucket of that id, so an added row touches one shard
 """
 
 import hashlib
+import shutil
+from glob import escape
 from pathlib import Path
 
 import duckdb
@@ -18,6 +20,8 @@ from pipeline.data.policy import FetchError, local_path
 VERSION = 1  # raise it when ids, buckets or the reading of a manifest change
 
 COLUMNS = {"url", "caption", "label", "boxes"}
+# One dialect and no sniffing, which takes `#` for a comment and `;` in a url for a separator.
+CSV = "header = true, all_varchar = true, delim = ',', quote = '\"', escape = '\"', comment = '', skip = 0"
 BOXES = 'STRUCT("text" VARCHAR, x0 FLOAT, y0 FLOAT, x1 FLOAT, y1 FLOAT)[]'
 
 
@@ -34,12 +38,11 @@ def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[
     image_id and occurrence. Memory stays flat: DuckDB spills to folder.
 
     Raises PipelineError: no manifest, not CSV or Parquet, no url column, no rows, a column of
-    another type.
+    another type, a box without text or area.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    database = folder / "rows.duckdb"
-    database.unlink(missing_ok=True)
-    with duckdb.connect(str(database)) as connection:
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves a database and its log
+    folder.mkdir(parents=True)
+    with duckdb.connect(str(folder / "rows.duckdb")) as connection:
         connection.create_function(
             "content",
             _content_of(root),
@@ -59,9 +62,7 @@ def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[
             raise PipelineError(
                 f"{manifest} cannot be read as a manifest: {_line(error)}"
             ) from None
-        (rows,) = connection.execute("SELECT count(*) FROM rows").fetchone()
-        if not rows:
-            raise PipelineError(f"{manifest} has no rows. Add images to it, one a row.")
+        _check(connection, manifest)
         return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
 
 
@@ -73,16 +74,19 @@ def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
             "folder with `pipeline import folder`, or name another in params.yaml (download.manifest)."
         )
     reader = {
-        ".csv": "read_csv({}, header = true, all_varchar = true)",
+        ".csv": f"read_csv({{}}, {CSV})",
         ".parquet": "read_parquet({})",
     }.get(manifest.suffix)
     if reader is None:
         raise PipelineError(f"{manifest}: expected a manifest named .csv or .parquet.")
-    source = reader.format("'" + str(manifest).replace("'", "''") + "'")
+    source = reader.format("'" + escape(str(manifest)).replace("'", "''") + "'")
     try:
         described = connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
     except duckdb.Error as error:
-        raise PipelineError(f"{manifest} cannot be read: {_line(error)}") from None
+        raise PipelineError(
+            f"{manifest} cannot be read: {_line(error)} Expected Parquet, or CSV in UTF-8: commas, "
+            "as many cells in every row, quotes doubled inside quotes."
+        ) from None
     types = {name: kind for name, kind, *_ in described}
     if "url" not in types:
         raise PipelineError(
@@ -95,7 +99,8 @@ def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
         captions = "caption"
     elif caption_type:  # a CSV cell may hold one caption or a JSON list of them
         captions = (
-            "CASE WHEN caption LIKE '[\"%' THEN from_json(caption, '[\"VARCHAR\"]') "
+            "CASE WHEN caption LIKE '[\"%' AND json_valid(caption) "
+            "THEN from_json(caption, '[\"VARCHAR\"]') "
             "WHEN caption IS NULL OR trim(caption) = '' THEN [] ELSE [caption] END"
         )
     boxes = f"CAST(NULL AS {BOXES})"
@@ -104,6 +109,23 @@ def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
         boxes = f"CAST({as_list} AS {BOXES})"
     return source, captions, boxes, "label" if "label" in types else "NULL"
 
+
+def _check(connection, manifest: Path) -> None:
+    (rows,) = connection.execute("SELECT count(*) FROM rows").fetchone()
+    if not rows:
+        raise PipelineError(f"{manifest} has no rows. Add images to it, one a row.")
+    if bad := connection.execute(_BAD_BOXES).fetchone():
+        raise PipelineError(
+            f"{manifest}: url {bad[0]!r} has the boxes {bad[1]}. A box needs a text and numbers "
+            "x0 < x1 and y0 < y1, its corners in px of the original image."
+        )
+
+
+_BAD_BOXES = """
+SELECT url, CAST(boxes AS VARCHAR) FROM rows WHERE len(list_filter(boxes, lambda b: NOT coalesce(
+    b.text IS NOT NULL AND isfinite(b.x0 + b.y0 + b.x1 + b.y1) AND b.x0 < b.x1 AND b.y0 < b.y1,
+    false))) > 0 ORDER BY url LIMIT 1
+"""
 
 _ROWS = """
 CREATE TABLE rows AS
@@ -119,7 +141,7 @@ WITH written AS (
 SELECT substr(sha256(url || chr(10) || occurrence), 1, 32) AS row_id, image_id, url,
        list_filter(coalesce(captions, []), lambda c: c IS NOT NULL AND trim(c) <> '') AS captions,
        label, boxes, occurrence,
-       CASE WHEN url LIKE 'file:%' AND occurrence = 0 THEN content(url) END AS content,
+       CASE WHEN url ILIKE 'file:%' AND occurrence = 0 THEN content(url) END AS content,
        CAST(('0x' || image_id[1:8])::UBIGINT % {buckets} AS INTEGER) AS bucket
 FROM numbered ORDER BY bucket, image_id, occurrence
 """
@@ -143,10 +165,12 @@ def _content_of(root: Path):
     def content(url: str) -> str | None:
         try:
             path = local_path(url, root)
-        except FetchError:
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FetchError, OSError):  # the row will say why
             return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     return content
 

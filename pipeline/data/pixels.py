@@ -31,8 +31,8 @@ def canonical_jpeg(
 
     Upright (EXIF orientation applied), RGB, transparency over white, first frame only; shrunk
     until the shorter side is at most image_size, never enlarged. An upright RGB JPEG that is
-    small enough keeps its bytes: encoding it again would only lose quality. The returned original
-    size is the upright one.
+    small enough keeps its bytes, unless they are slightly damaged: encoding it again would only lose
+    quality. The returned original size is the upright one.
 
     Raises NotAnImage (unknown format, truncated, damaged) and TooManyPixels (from the header,
     before anything is decoded).
@@ -64,8 +64,7 @@ def _store(image: Image.Image, data: bytes, image_size: int, quality: int, max_p
         raise TooManyPixels(f"{width} x {height} px is too long a strip to store as JPEG")
     if scale < 1:
         image.draft("RGB", (2 * image_size, 2 * image_size))  # JPEG: decode at a fraction
-    image.load()
-    if as_it_is and scale == 1:
+    elif as_it_is and _is_sound(data):
         return data, width, height, width, height
     rgb = _rgb(ImageOps.exif_transpose(image))
     if scale < 1:
@@ -73,6 +72,15 @@ def _store(image: Image.Image, data: bytes, image_size: int, quality: int, max_p
     out = io.BytesIO()
     rgb.save(out, "JPEG", quality=quality)
     return out.getvalue(), *size, width, height
+
+
+def _is_sound(jpg: bytes) -> bool:
+    """Whether `decode` takes these bytes: it is stricter than Pillow with slight damage."""
+    try:
+        decode(jpg)
+    except NotAnImage:
+        return False
+    return True
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -87,7 +95,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(jpg: bytes) -> np.ndarray:
-    """Stored JPEG -> (height, width, 3) uint8 RGB. Raises NotAnImage."""
+    """Stored JPEG -> (height, width, 3) uint8 RGB. Raises NotAnImage for any damage at all."""
     try:
         return simplejpeg.decode_jpeg(jpg, "RGB")
     except ValueError as error:

@@ -94,7 +94,7 @@ def to_float16(vectors: np.ndarray) -> np.ndarray:
     Raises PipelineError on vectors that are zero or not finite: they can only be a fault upstream.
     """
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not np.isfinite(vectors).all() or (length == 0).any():
+    if not np.isfinite(length).all() or (length == 0).any():
         raise PipelineError(
             "an embedding is zero or not finite. Check the teacher's weights (or use "
             "`dtype: float32`) and run the stage again."
@@ -128,7 +128,9 @@ def write_shard(
     leaves = [pq_path for field in schema for pq_path in _leaves(field)]
     codecs = {name: "none" if name.split(".")[0] in plain else "zstd" for name in leaves}
     dictionary = [name for name in leaves if name.split(".")[0] in {"status", "label", "split"}]
-    with pq.ParquetWriter(path, schema, compression=codecs, use_dictionary=dictionary) as writer:
+    with pq.ParquetWriter(
+        path, schema, compression=codecs, use_dictionary=dictionary, write_page_checksum=True
+    ) as writer:
         for table in groups:
             writer.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
 
@@ -158,32 +160,42 @@ def shard_paths(folder: Path, stage: str) -> list[Path]:
 
 
 def open_shard(path: Path, stage: str) -> pq.ParquetFile:
-    """Raises PipelineError for a truncated or foreign file, with the command that mends it."""
+    """A file whose pages are held against their checksums when they are read.
+
+    Raises PipelineError for a truncated or foreign file, with the command that mends it.
+    """
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
 
 
 def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.Table:
-    """A whole shard, or some of its columns. Raises PipelineError where it is damaged."""
+    """A whole shard, or some of its columns. Raises PipelineError where it is damaged or foreign."""
     try:
         with open_shard(path, stage) as file:
-            return file.read(columns=columns)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            table = file.read(columns=columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
+    if missing := set(columns or ()) - set(table.column_names):
+        raise _foreign(path, stage, f"no column {', '.join(sorted(missing))}")
+    return table
 
 
 def provenance(path: Path, stage: str) -> dict:
     """What a shard's footer says of its making."""
     with open_shard(path, stage) as file:
         metadata = file.schema_arrow.metadata or {}
-    if b"provenance" not in metadata:
-        raise PipelineError(
-            f"{path} was not written by this pipeline (no provenance in its footer). "
-            f"Move it away and run `pipeline {stage}`."
-        )
-    return json.loads(metadata[b"provenance"])
+    try:
+        return json.loads(metadata[b"provenance"])
+    except (KeyError, ValueError):
+        raise _foreign(path, stage, "no provenance in its footer") from None
+
+
+def _foreign(path: Path, stage: str, sign: str) -> PipelineError:
+    return PipelineError(
+        f"{path} was not written by this pipeline ({sign}). Move it away and run `pipeline {stage}`."
+    )
 
 
 def _damaged(path: Path, stage: str, error: Exception) -> PipelineError:

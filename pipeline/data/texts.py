@@ -1,6 +1,7 @@
 """Texts beside images: prompt lists that people write, and the ids of embedded texts."""
 
 import hashlib
+from glob import escape
 from pathlib import Path
 
 import duckdb
@@ -19,7 +20,7 @@ def read_prompts(file: Path) -> list[str]:
     Raises PipelineError for a file that is missing or no UTF-8 text.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(
             f"prompt list {file} cannot be read ({error}). Expected a text file, a prompt a line; "
@@ -33,6 +34,6 @@ def box_texts(images: Path) -> list[str]:
     rows = duckdb.execute(
         "SELECT DISTINCT box.text AS t FROM (SELECT unnest(boxes) AS box FROM read_parquet(?)) "
         "WHERE trim(box.text) <> '' ORDER BY t",
-        [str(images / "*.parquet")],
+        [f"{escape(str(images))}/*.parquet"],
     ).fetchall()
     return [text for (text,) in rows]

@@ -27,17 +27,27 @@ class View(NamedTuple):
         return self[:4]
 
 
-def canonical_view(width: int, height: int, resize_mode: str = "shortest") -> View:
+def canonical_view(
+    width: int, height: int, resize_mode: str = "shortest", image_size: int | None = None
+) -> View:
     """What the teacher's own preprocessing keeps of an image.
 
-    resize_mode "shortest", as CLIP: the shorter side is resized and the centre cropped, so the
-    largest centred square; "squash", as SigLIP: the whole image.
+    resize_mode "shortest", as CLIP: the shorter side is resized and the centre cropped; "squash",
+    as SigLIP: the whole image. image_size (px): the teacher's. CLIP rounds the longer side and the
+    crop's corner to its pixels; None: without that rounding, the exact centred square.
     """
     if resize_mode == "squash":
         return View(0.0, 0.0, float(width), float(height), False)
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return View(left, top, left + side, top + side, False)
+    short, long = sorted((width, height))
+    start, end = (long - short) / 2, (long + short) / 2
+    if image_size:
+        resized = int(image_size * long / short)
+        corner = round((resized - image_size) / 2)
+        start, end = (min(p * long / resized, long) for p in (corner, corner + image_size))
+    start, end = map(float, np.float32([start, end]))
+    if width > height:
+        return View(start, 0.0, end, float(height), False)
+    return View(0.0, start, float(width), end, False)
 
 
 def random_view(

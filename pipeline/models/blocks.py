@@ -33,11 +33,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 
     It is silu(1.702 x) / 1.702, for which there are native kernels in both directions.
     """
-    return _QuickGELU.apply(x) if torch.is_grad_enabled() else _quick_gelu(x, out=x)
+    return _QuickGELU.apply(x) if torch.is_grad_enabled() else _of_scaled(x.mul_(1.702))
 
 
-def _quick_gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    return F.silu(torch.mul(x, 1.702, out=out), inplace=True).mul_(1 / 1.702)
+def _of_scaled(scaled: Tensor) -> Tensor:
+    return F.silu(scaled, inplace=True).mul_(1 / 1.702)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _quick_gelu(x)
+        return _of_scaled(1.702 * x)
 
     @staticmethod
     @once_differentiable
@@ -67,31 +67,39 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """bias: (N, N) added to the scores, 0 where a token may look and -inf elsewhere."""
-        q, k, v = self._heads(x)
+        heads = self._heads(x)
         if x.is_cuda:
-            bias = None if bias is None else bias.to(q.dtype)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            mixed = _fused_attention(*heads, bias)
         else:
-            mixed = _probabilities(q, k, bias) @ v
+            q, k, v = heads.flatten(1, 2)  # (B H, N, D) each, laid out for the products
+            mixed = (_probabilities(q, k, bias) @ v).unflatten(0, heads.shape[1:3])
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, W)
 
     def probabilities(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, H, N, N): how much each token (third axis) takes from each (fourth); rows sum to 1."""
-        q, k, _ = self._heads(x)
-        return _probabilities(q, k, bias)
+        """(B, H, N, N): how much each token (third axis) takes from each; rows sum to 1."""
+        heads = self._heads(x)
+        q, k, _ = heads.flatten(1, 2)
+        return _probabilities(q, k, bias).unflatten(0, heads.shape[1:3])
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, W) -> queries, keys, values, each (B, H, N, D)."""
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, W) -> queries, keys and values, (3, B, H, N, D)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, H, D)
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
+        return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    return scores.softmax(dim=-1)
+    """Queries and keys (B H, N, D) -> softmax(q k^T / sqrt(D) + bias), (B H, N, N)."""
+    bias = q.new_zeros(()) if bias is None else bias.to(q.dtype)
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, H, N, D) each -> (B, H, N, D). The kernels that take a bias want D in multiples of 8."""
+    size = q.shape[-1]
+    q, k, v = (F.pad(x, (0, -size % 8)) for x in (q, k, v))
+    bias = None if bias is None else bias.to(q.dtype)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=size**-0.5)
+    return mixed[..., :size]
 
 
 class MLP(nn.Module):
@@ -128,10 +136,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         for block in self.resblocks:
-            _init(block.attn.in_proj_weight, width**-0.5)
-            _init(block.attn.out_proj.weight, (2 * layers * width) ** -0.5)
-            _init(block.mlp.c_fc.weight, (2 * width) ** -0.5)
-            _init(block.mlp.c_proj.weight, (2 * layers * width) ** -0.5)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
             for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 nn.init.zeros_(linear.bias)
 
@@ -139,7 +147,3 @@ class Transformer(nn.Module):
         for block in self.resblocks:
             x = block(x, bias)
         return x
-
-
-def _init(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

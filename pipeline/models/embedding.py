@@ -2,6 +2,7 @@
 bits depend on how many rows there are.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -55,10 +56,16 @@ def text_vectors(
 ) -> dict[str, np.ndarray]:
     """Each distinct text -> (E,) float16."""
     distinct = sorted(set(texts))
-    for chunk in _batched([text for text in distinct if text not in known], batch):
-        padded = [*chunk, *[""] * (batch - len(chunk))]
-        vectors = to_float16(teacher.embed_texts(padded)[: len(chunk)])
-        known.update(zip(chunk, vectors, strict=True))
+    missing = [text for text in distinct if text not in known]
+    by_room = defaultdict(list)
+    for chunk in _batched(missing, 4096):
+        for text, room in zip(chunk, teacher.rooms(chunk), strict=True):
+            by_room[room].append(text)
+    for alike in by_room.values():
+        for chunk in _batched(alike, batch):
+            padded = [*chunk, *[""] * (batch - len(chunk))]
+            vectors = to_float16(teacher.embed_texts(padded)[: len(chunk)])
+            known.update(zip(chunk, vectors, strict=True))
     return {text: known[text] for text in distinct}
 
 
@@ -68,7 +75,8 @@ def _good_rows(file, group: int, config: TeacherEmbedConfig, teacher: Teacher) -
     good = [row | {"place": i} for i, row in enumerate(rows) if row["status"] == "ok"]
     for row in good:
         content = row["sha256"], row["width"], row["height"]
-        row["views"] = [canonical_view(*content[1:], teacher.resize_mode)] + [
+        own = canonical_view(*content[1:], teacher.resize_mode, teacher.image_size)
+        row["views"] = [own] + [
             random_view(
                 content[0], v, *content[1:], config.crop_area, config.crop_ratio, config.seed
             )

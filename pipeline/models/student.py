@@ -31,6 +31,7 @@ from pipeline.models.blocks import Transformer, neighbourhood_mask
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1  # of config.json
 MAX_SCALE = 10.0  # cap of the learned length of same_norm patches
+EPSILON = 1e-6  # shortest length that is divided by: a zero vector stays zero
 CLASS_TOKENS = {"extra-head": 0, "mean": 0, "cls": 1, "cls-distill": 2}
 
 RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -39,8 +40,8 @@ RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
 class Preprocessing(Strict):
     """How pixels reach the student: the teacher's way. The defaults are OpenAI CLIP's."""
 
-    mean: RGB = [0.48145466, 0.4578275, 0.40821073]  # of RGB values in [0, 1]
-    std: RGB = [0.26862954, 0.26130258, 0.27577711]
+    mean: RGB = Field(default=[0.48145466, 0.4578275, 0.40821073])  # of RGB values in [0, 1]
+    std: RGB = Field(default=[0.26862954, 0.26130258, 0.27577711])
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
@@ -63,7 +64,7 @@ class Student(nn.Module):
     cls-distill: two such tokens, as DeiT's (Touvron et al. 2021), both trained towards the teacher
         and averaged at inference.
 
-    Initialisation: truncated normals with CLIP's deviations (Radford et al. 2021), fixed by
+    Initialisation: normal, with CLIP's deviations (Radford et al. 2021), fixed by
     torch.manual_seed.
     """
 
@@ -83,7 +84,7 @@ class Student(nn.Module):
         self.transformer = Transformer(width, config.heads, config.layers)
         if config.same_norm:
             self.scale = nn.Parameter(torch.ones(1))
-        nn.init.trunc_normal_(self.conv1.weight, std=(3 * side**2) ** -0.5)
+        nn.init.normal_(self.conv1.weight, std=(3 * side**2) ** -0.5)
 
         if config.neighbourhood_mask:
             seen = neighbourhood_mask(config.grid, tokens)
@@ -96,6 +97,11 @@ class Student(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     @property
+    def class_tokens(self) -> int:
+        """T."""
+        return CLASS_TOKENS[self.config.pool]
+
+    @property
     def temperature(self) -> float:
         """Of the softmax over patch logits; a lower one picks fewer patches."""
         return self.config.temperature
@@ -106,7 +112,7 @@ class Student(nn.Module):
             raise PipelineError(
                 f"normalise: found {pixels.dtype} pixels, expected uint8 in [0, 255]"
             )
-        return (pixels.float() / 255 - self.mean) / self.std
+        return pixels.float().sub_(255 * self.mean).div_(255 * self.std)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) normalised float pixels -> embedding (B, E), patch_weights (B, N).
@@ -114,40 +120,77 @@ class Student(nn.Module):
         Raises PipelineError for pixels of a wrong type or shape, an empty batch and, outside
         training (where the loss shows it), for pixels that are not finite.
         """
-        *below, last = self.transformer.resblocks
-        x = self.embed(pixels)
-        for block in below:
-            x = block(x, self.attention_bias)
-        tokens = last(x, self.attention_bias)
-        if count := self.class_tokens:
-            seen = last.attn.probabilities(last.ln_1(x), self.attention_bias)[:, :, :count, count:]
-            weights = F.normalize(seen.float().mean(dim=(1, 2)), p=1, dim=1)
-            return self._values(tokens[:, :count]).mean(dim=1), weights
-        weights = self._patch_weights(tokens)
-        return self._weighted_sum(tokens, weights), weights
+        tokens, weights = self._tokens_and_weights(pixels)
+        return self._pool(tokens, weights).mean(dim=0), weights
 
     def patch_embeddings(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, N, E): comparable with the teacher's text embeddings by cosine."""
         return self.outputs(pixels).patch_embeddings
+
+    def outputs(self, pixels: Tensor) -> Outputs:
+        """(B, 3, S, S) -> embedding, patch_weights and patch_embeddings, of one pass."""
+        tokens, weights = self._tokens_and_weights(pixels)
+        patches = self._values(tokens[:, self.class_tokens :])
+        return Outputs(self._pool(tokens, weights).mean(dim=0), weights, patches)
+
+    def embeddings_for_loss(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (T or 1, B, E): every embedding that is trained towards the teacher.
+
+        One for each pool except cls-distill, which has two; their mean is `forward`'s embedding.
+        """
+        return self._pool(*self._tokens_and_weights(pixels))
+
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, T + N, W): what enters the first block."""
         self._check(pixels)
         side, grid = self.config.patch_size, self.config.grid
+        pixels = pixels.to(self.conv1.weight.dtype)
         pixels = pixels.unflatten(3, (grid, side)).unflatten(2, (grid, side))  # (B, 3, g, p, g, p)
         patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 p p)
         x = F.linear(patches, self.conv1.weight.flatten(1)) + self.positional_embedding
-        if CLASS_TOKENS[self.config.pool]:
-            x = torch.cat([self.class_embedding.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if self.class_tokens:
+            x = torch.cat([self.class_embedding.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.ln_pre(x)  # (B, T + N, W)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T + N, W) -> class embeddings (B, T, E), patch embeddings (B, N, E), logits (B, N)."""
-        heads = tokens.float().unflatten(2, (self.config.heads, -1))  # (B, T + N, H, C + 1)
-        values = heads[..., :-1].flatten(2)  # (B, T + N, E)
-        if self.config.same_norm:
-            values = F.normalize(values, dim=2) * self.scale.clamp(max=MAX_SCALE)
-        count = CLASS_TOKENS[self.config.pool]
-        return values[:, :count], values[:, count:], heads[:, count:, :, -1].mean(dim=2)
+    def _tokens_and_weights(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) -> last tokens (B, T + N, W) and patch_weights (B, N), both float32."""
+        *below, last = self.transformer.resblocks
+        x = self.embed(pixels)
+        for block in below:
+            x = block(x, self.attention_bias)
+        tokens = last(x, self.attention_bias).float()
+        if count := self.class_tokens:
+            seen = last.attn.probabilities(last.ln_1(x), self.attention_bias)
+            seen = seen[:, :, :count, count:].float().mean(dim=(1, 2))  # (B, N)
+            return tokens, seen / seen.sum(dim=1, keepdim=True)
+        logits = self._heads(tokens)[..., -1].mean(dim=2) / self.temperature  # (B, N)
+        if self.config.pool == "mean":
+            logits = torch.zeros_like(logits)
+        return tokens, logits.softmax(dim=1)
+
+    def _pool(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """(B, T + N, W), (B, N) -> (T or 1, B, E): the class tokens', or the weighted sum's."""
+        if self.class_tokens:
+            return self._values(tokens[:, : self.class_tokens]).transpose(0, 1)
+        weights = weights * self._lengthening(tokens)  # (B, N)
+        with torch.autocast(tokens.device.type, enabled=False):
+            pooled = weights[:, None] @ tokens  # (B, 1, W): summed before the extra values go
+        return self._heads(pooled)[..., :-1].flatten(2).transpose(0, 1)
+
+    def _values(self, tokens: Tensor) -> Tensor:
+        """(B, n, W) -> (B, n, E): the tokens in the embedding's space."""
+        values = self._heads(tokens)[..., :-1].flatten(2)
+        return values * self._lengthening(tokens)[..., None]
+
+    def _lengthening(self, tokens: Tensor) -> Tensor:
+        """(B, n, W) -> (B, n): what brings each token's E values to the learned length."""
+        if not self.config.same_norm:
+            return tokens.new_ones(())
+        norms = torch.linalg.vector_norm(self._heads(tokens)[..., :-1], dim=(2, 3))
+        return self.scale.clamp(max=MAX_SCALE) / norms.clamp(min=EPSILON)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.config.heads, -1))  # (B, n, H, C + 1)
 
     def _check(self, pixels: Tensor) -> None:
         size = self.config.image_size
@@ -155,12 +198,16 @@ class Student(nn.Module):
             raise PipelineError(
                 f"found {pixels.dtype} pixels, expected normalised floats: use `student.normalise`"
             )
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.shape[0] == 0:
             raise PipelineError(
-                f"found pixels of shape {tuple(pixels.shape)}, expected (B, 3, {size}, {size}) with "
+                f"found pixels of shape {tuple(pixels.shape)}, expected (B, 3, {size}, {size}), "
                 "B >= 1; `student.resized(S)` gives a student for another image size"
             )
-        if not (self.training or torch.compiler.is_compiling() or pixels.sum().isfinite()):
+        if not (
+            self.training
+            or torch.compiler.is_compiling()
+            or pixels.sum(dtype=torch.float32).isfinite()
+        ):
             raise PipelineError(
                 "pixels contain NaN or infinity: the image did not decode as it should"
             )
@@ -178,7 +225,7 @@ class Student(nn.Module):
         """
         if image_size == self.config.image_size:
             return copy.deepcopy(self)
-        config = _validated(
+        config = validated(
             StudentConfig, {**self.config.model_dump(), "image_size": image_size}, "resized"
         )
         state = self.state_dict()
@@ -199,7 +246,7 @@ class Student(nn.Module):
         teacher: dict | None = None,
         license: str | None = None,
     ) -> None:
-        """Write the folder that `load` reads; JSON-able records of training, teacher and licence."""
+        """Write the folder that `load` reads. All three records are JSON-able."""
         folder = Path(folder)
         state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         write_file(folder / WEIGHTS, lambda partial: save_file(state, partial, {"format": "pt"}))
@@ -225,8 +272,8 @@ class Student(nn.Module):
         folder = Path(folder)
         card = read_card(folder)
         student = cls(
-            _validated(StudentConfig, card.get("student"), folder / CONFIG),
-            _validated(Preprocessing, card.get("preprocessing"), folder / CONFIG),
+            validated(StudentConfig, card.get("student"), folder / CONFIG),
+            validated(Preprocessing, card.get("preprocessing"), folder / CONFIG),
         )
         try:
             intact = file_digest(folder / WEIGHTS) == card.get("weights_digest")
@@ -270,7 +317,7 @@ def read_card(folder: Path) -> dict:
     return card
 
 
-def _validated(model: type[Strict], values, source: Path | str):
+def validated(model: type[Strict], values, source: Path | str):
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -1,0 +1,144 @@
+"""How close teacher_embed comes to the teacher's bare forward pass, and how far ahead of a plain loop.
+
+Run:   python benchmarks/teacher_embed_speed.py [--photos FOLDER] [--images 512] [--rounds 3]
+Prints images/s of three things in turn, several rounds in one run, and the ratios of the medians:
+  bare       the same model and dtype on one ready batch of pixels
+  stage      decode, crop, embed and write a shard, as the stage does
+  reference  float32, PIL, open_clip's own transform, one image batch after another
+"""
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from pipeline.core.config import load_section
+from pipeline.core.devices import pick_device, pick_dtype
+from pipeline.data import shards
+from pipeline.data.pixels import canonical_jpeg
+from pipeline.models import torchvision_guard  # noqa: F401
+from pipeline.models.cardwriter import write_card
+from pipeline.models.embedding import view_tables
+from pipeline.models.teacher import Teacher
+
+import open_clip  # isort: skip
+from safetensors.torch import save_file  # isort: skip
+
+MODEL, BATCH = "ViT-B-32-quickgelu", 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--photos", type=Path, help="folder of images; drawn where not given")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        jpgs = photos(args.photos, args.images)
+        shard = write_images(folder / "00000.parquet", jpgs)
+        torch.manual_seed(0)
+        model = open_clip.create_model(MODEL, load_weights=False)
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "w.safetensors"
+        )
+        write_card(MODEL, str(folder / "w.safetensors"), folder / "card.yaml")
+        exact, teacher = (Teacher(folder / "card.yaml", device) for _ in range(2))
+        ready = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), np.uint8)
+        dtype = pick_dtype("auto", device)
+        teacher.use(dtype, ready[:8], ["a photo"])
+        preset = Path(__file__).parents[1] / "pipeline/core/presets/clip-vit-b32.yaml"
+        config = load_section(preset, "teacher_embed").model_copy(
+            update={"views": 1, "batch": BATCH}
+        )
+        transform = open_clip.create_model_and_transforms(MODEL, load_weights=False)[2]
+
+        def bare() -> int:
+            pixels = teacher.normalised(ready)
+            for _ in range(args.images // BATCH):
+                with torch.inference_mode():
+                    teacher.model.encode_image(pixels)
+            return args.images // BATCH * BATCH
+
+        def stage() -> int:
+            tables = view_tables(teacher, shard, config, {}, args.workers, lambda _: None)
+            schema = shards.teacher_schema(teacher.embedding_size)
+            shards.write_shard(folder / "out.parquet", schema, tables, {})
+            return len(jpgs)
+
+        def reference() -> int:
+            some = jpgs[: max(BATCH, len(jpgs) // 4) // BATCH * BATCH]
+            for start in range(0, len(some), BATCH):
+                images = [Image.open(io.BytesIO(j)) for j in some[start : start + BATCH]]
+                pixels = torch.stack([transform(image) for image in images]).to(device)
+                with torch.inference_mode():
+                    torch.nn.functional.normalize(exact.model.encode_image(pixels), dim=-1).cpu()
+            return len(some)
+
+        rates: dict = {bare: [], stage: [], reference: []}
+        bare()
+        for _ in range(args.rounds):
+            for run, found in rates.items():
+                began = time.perf_counter()
+                count = run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                found.append(count / (time.perf_counter() - began))
+    median = {run.__name__: statistics.median(found) for run, found in rates.items()}
+    print(
+        f"{len(jpgs)} images, batch {BATCH}, {device}, {dtype}, {torch.get_num_threads()} threads"
+    )
+    for name, rate in median.items():
+        print(f"  {name:<10} {rate:8.1f} images/s")
+    print(f"stage / bare forward pass: {median['stage'] / median['bare']:.2f}")
+    print(f"stage / float32 reference loop: {median['stage'] / median['reference']:.2f}")
+
+
+def photos(folder: Path | None, count: int) -> list[bytes]:
+    """Stored JPEGs of a folder's images, or of drawn ones: smooth shapes with some grain."""
+    if folder:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg"))[
+            :count
+        ]
+        return [canonical_jpeg(path.read_bytes(), 256, 95, 10**8)[0] for path in files]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((341, 256))
+        grain = rng.normal(0, 8, (256, 341, 3))
+        out = io.BytesIO()
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
+            out, "JPEG"
+        )
+        found.append(out.getvalue())
+    return found
+
+
+def write_images(path: Path, jpgs: list[bytes]) -> Path:
+    rows = []
+    for i, jpg in enumerate(jpgs):
+        width, height = Image.open(io.BytesIO(jpg)).size
+        name = f"{i:032x}"
+        rows.append(
+            {"row_id": name, "image_id": name, "status": "ok", "sha256": name * 2, "jpg": jpg,
+             "width": width, "height": height}
+        )  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=shards.IMAGES)
+    shards.write_shard(path, shards.IMAGES, shards.in_groups(table), {})
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""params.yaml, world/ -> teacher/: a small CLIP trained on the scenes' captions.
+
+Run:   python train_teacher.py   (dvc runs it as stage `teacher`)
+Makes: teacher/open_clip_config.json and open_clip_model.safetensors, which open_clip opens as
+       `local-dir:`, and teacher/card.yaml, the teacher card of the pipeline
+
+Two things are learned at once, both as softmax cross-entropy over cosines: which caption of the
+batch belongs to which scene (Radford et al. 2021), and which of all the short phrases that name an
+object ("a red circle") are true of a scene. Phrases are what patches will be compared with.
+"""
+
+import hashlib
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import trange
+
+import pipeline.models.torchvision_guard  # noqa: F401  (before open_clip)
+
+# isort: split
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip.model import CLIP
+
+HERE = Path(__file__).parent
+WEIGHTS = "open_clip_model.safetensors"
+WIDTH, CONTEXT, VOCABULARY = 128, 32, 49408  # the vocabulary is open_clip's and cannot shrink
+MAX_LOGIT_SCALE = math.log(100)
+
+
+def model_config(size: int, vocabulary: int = VOCABULARY) -> dict:
+    """open_clip's model_cfg for square images of `size` px."""
+    tower = {"width": WIDTH, "layers": 4}
+    return {
+        "embed_dim": WIDTH,
+        "quick_gelu": True,
+        "vision_cfg": {**tower, "image_size": size, "patch_size": 8, "head_width": 64},
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": vocabulary,
+            "width": WIDTH,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+
+
+def split_of(original: bytes, test_fraction: float, val_fraction: float) -> str:
+    """`test`, `val` or `train`, from the SHA-256 of an image file: the rule of stage `select`."""
+    place = int(hashlib.sha256(original).hexdigest()[:13], 16) / 16**13  # in [0, 1)
+    if place < test_fraction:
+        return "test"
+    return "val" if place < test_fraction + val_fraction else "train"
+
+
+@dataclass
+class Scenes:
+    """M scenes: what the teacher is trained on."""
+
+    pixels: Tensor  # (M, 3, S, S) uint8
+    captions: list[str]
+    phrases: list[str]  # the V different texts of all boxes
+    true_of: Tensor  # (M, V) float: 1 where the scene holds the phrase's object
+
+
+def read_training_scenes(world: Path, test_fraction: float, val_fraction: float) -> Scenes:
+    """The scenes of a world that are neither in its test nor in its validation part."""
+    rows, pixels = [], []
+    for row in pq.read_table(world / "scenes.parquet").to_pylist():
+        original = (world / row["url"].removeprefix("file:")).read_bytes()
+        if split_of(original, test_fraction, val_fraction) == "train":
+            rows.append(row)
+            pixels.append(np.asarray(Image.open(io.BytesIO(original)).convert("RGB")))
+    phrases = sorted({box["text"] for row in rows for box in row["boxes"]})
+    number = {phrase: index for index, phrase in enumerate(phrases)}
+    true_of = torch.zeros(len(rows), len(phrases))
+    for index, row in enumerate(rows):
+        true_of[index, [number[box["text"]] for box in row["boxes"]]] = 1
+    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    return Scenes(stacked, [row["caption"] for row in rows], phrases, true_of)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) -> float32 as open_clip's own preprocessing gives it."""
+    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+    return (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def learning_rate_at(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak: a linear warm-up, then half a cosine towards 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def loss_of(model: CLIP, pixels: Tensor, captions: Tensor, phrases: Tensor, true: Tensor) -> Tensor:
+    """B scenes with a caption each, V phrases, true (B, V): a scalar."""
+    images = F.normalize(model.encode_image(normalise(pixels)).float(), dim=1)  # (B, E)
+    texts = F.normalize(model.encode_text(torch.cat([captions, phrases])).float(), dim=1)
+    logits = model.logit_scale.exp() * images @ texts.T  # (B, B + V)
+    among_captions, among_phrases = logits.split([len(captions), len(phrases)], dim=1)
+    own = torch.arange(len(pixels))
+    return (
+        F.cross_entropy(among_captions, own) / 2
+        + F.cross_entropy(among_captions.T, own) / 2
+        + F.cross_entropy(among_phrases, true / true.sum(dim=1, keepdim=True))
+    )
+
+
+def train(scenes: Scenes, params: dict) -> CLIP:
+    """A CLIP over the words in use only; `with_full_vocabulary` gives open_clip's own."""
+    tokenizer = SimpleTokenizer(context_length=CONTEXT)
+    captions, phrases = tokenizer(scenes.captions), tokenizer(scenes.phrases)
+    words = torch.cat([captions, phrases]).unique()  # sorted: the end of text stays the largest
+    captions, phrases = torch.searchsorted(words, captions), torch.searchsorted(words, phrases)
+
+    torch.manual_seed(params["seed"])
+    model = CLIP(**model_config(scenes.pixels.shape[-1], len(words)))
+    matrices = [x for x in model.parameters() if x.ndim > 1]
+    others = [x for x in model.parameters() if x.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": params["weight_decay"]}, {"params": others}],
+        lr=params["learning_rate"],
+        betas=(0.9, 0.98),
+        weight_decay=0,
+    )
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_at(step, params["steps"], params["warmup_steps"])
+    )
+    order = torch.empty(0, dtype=torch.long)
+    progress = trange(params["steps"], desc="teacher", mininterval=1)
+    for _ in progress:
+        if len(order) < params["batch_size"]:
+            order = torch.cat([order, torch.randperm(len(captions))])
+        batch, order = order.split([params["batch_size"], len(order) - params["batch_size"]])
+        # The fused attention's backward pass is slow on the CPU at these sizes.
+        with (
+            torch.autocast("cpu", getattr(torch, params["dtype"])),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            loss = loss_of(
+                model, scenes.pixels[batch], captions[batch], phrases, scenes.true_of[batch]
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return with_full_vocabulary(model, words)
+
+
+def with_full_vocabulary(model: CLIP, words: Tensor) -> CLIP:
+    """The same model for all of open_clip's token ids; a word that no caption holds embeds to 0."""
+    full = CLIP(**model_config(model.visual.image_size[0]))
+    table = torch.zeros_like(full.token_embedding.weight)
+    table[words] = model.token_embedding.weight.detach()
+    full.load_state_dict({**model.state_dict(), "token_embedding.weight": table})
+    return full.eval()
+
+
+def save(model: CLIP, folder: Path) -> None:
+    """A folder that open_clip opens as `local-dir:`, with the pipeline's teacher card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / WEIGHTS)
+    config = {
+        "model_cfg": model_config(model.visual.image_size[0]),
+        "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    card = {
+        "name": "demo",
+        "model": "local-dir:.",  # relative to the card
+        "pretrained": None,
+        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "activation": "quickgelu",
+        "golden": None,
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    teacher = yaml.safe_load((HERE / "params.yaml").read_text())["teacher"]
+    training_scenes = read_training_scenes(
+        HERE / "world", teacher["test_fraction"], teacher["val_fraction"]
+    )
+    save(train(training_scenes, teacher), HERE / "teacher")
+    print(f"teacher: trained on {len(training_scenes.captions)} scenes, in {HERE / 'teacher'}")

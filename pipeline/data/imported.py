@@ -1,0 +1,328 @@
+"""Embeddings that others computed -> data/teacher, as stage teacher_embed would have left it.
+
+Two layouts are read: a folder as clip-retrieval writes it (`img_emb/*.npy` beside
+`metadata/*.parquet`, optionally `text_emb/*.npy`), and npz files with an array `embedding` and
+arrays of names beside it. Vectors find their images by url, else by file name, else by key (the
+file name without its ending, or the image_id). Only view 0 exists then: nobody has seen crops.
+
+Cost: two reads of the vectors, which stay on disk; the memory is that of the names.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import Work, content, file_digest, libraries, lock, read_stamp
+from pipeline.data import shards
+from pipeline.data.texts import text_id
+from pipeline.data.views import View, canonical_view
+
+STAGE = "import_embeddings"
+VERSION = 1  # raise it when the same source gives other shards
+PROMPTS = "texts/prompts.parquet"
+NAMES = ("url", "image_path", "image", "key", "image_id")  # columns that may name an image
+TEXTS = ("caption", "prompt")
+SAME = 1e-3  # largest difference of any value between two unit vectors that count as one
+BLOCK = 65536  # vectors checked at a time
+
+CLIP_PREPROCESSING = {
+    "image_size": 224,
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+
+class Part(NamedTuple):
+    """n vectors (n, E) and the columns of n names or texts that stand beside them."""
+
+    source: Path
+    columns: dict[str, list]
+    vectors: np.ndarray
+
+
+class Place(NamedTuple):
+    """Where a vector lies."""
+
+    part: Part
+    row: int
+
+    def unit(self) -> np.ndarray:
+        """(E,) float16, unit length."""
+        return shards.to_float16(self.part.vectors[self.row][None].astype(np.float32))[0]
+
+
+def import_embeddings(
+    data: Path,
+    source: Path,
+    *,
+    teacher: dict,
+    texts: Iterable[Path] = (),
+    preprocessing: dict = CLIP_PREPROCESSING,
+) -> dict:
+    """Write data/teacher from vectors of data/images' images; returns the summary with its counts.
+
+    source: a clip-retrieval folder, or an npz with `embedding` (n, E) and one or more of NAMES.
+    texts: npz files with `embedding` and `prompt`, or `caption` beside a name of its image.
+    teacher: the card's values, recorded; preprocessing: the teacher's, which a student needs.
+    Good images without a vector get no row: `pipeline select` leaves them out as `no embedding`.
+
+    Raises PipelineError: data/teacher of another origin, an unknown layout, vectors of unequal
+    width, zero or not finite, one name with two vectors, no vector that belongs to an image.
+    """
+    with lock(data, STAGE):
+        images = read_stamp(data / "images", "download")
+        texts = sorted(texts)
+        recipe = {
+            "card": teacher,
+            "preprocessing": preprocessing,
+            "images": content(images),
+            "source": [file_digest(path) for path in [*_source_files(source), *texts]],
+            "versions": {"imported": VERSION, "shards": shards.VERSION},
+        }
+        work = Work(data, STAGE, data / "teacher", recipe)
+        if not work.published():
+            work.begin()
+            image_parts, text_parts = _parts(source)
+            text_parts += [_npz(path) for path in texts]
+            size = _checked_width([*image_parts, *text_parts])
+            known, good = _known_names(data / "images")
+            vectors, counts = _image_places(image_parts, known)
+            if not vectors:
+                _refuse_strangers(image_parts[0], known)
+            counts["images without embedding"] = len(good - vectors.keys())
+            captions, prompts, text_counts = _text_places(text_parts, known)
+            for name in images["files"]:
+                shard = data / "images" / name
+                tables = _image_tables(shard, vectors, preprocessing["resize_mode"], size)
+                _commit(work, f"images/{name}", shards.teacher_schema(size), tables)
+                _commit_texts(work, f"texts/{name}", _captions(shard, captions), size)
+            _commit_texts(work, PROMPTS, [(None, t, prompts[t]) for t in sorted(prompts)], size)
+            names = [f"{room}/{name}" for name in images["files"] for room in ("images", "texts")]
+            summary = {"teacher": teacher, "embedding_size": size, "preprocessing": preprocessing}
+            summary |= {"dtype": "imported", "fidelity": None, "views": 1}
+            work.publish([*names, PROMPTS], summary | counts | text_counts)
+        return read_stamp(work.out, STAGE)["summary"]
+
+
+def _source_files(source: Path) -> list[Path]:
+    if source.is_dir():
+        patterns = ("img_emb/*.npy", "text_emb/*.npy", "metadata/*.parquet")
+        found = [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        if found and found[0].parent.name == "img_emb":
+            return found
+    elif source.suffix == ".npz" and source.is_file():
+        return [source]
+    raise PipelineError(
+        f"{source} holds no embeddings in a known layout. Expected an .npz file with `embedding` "
+        f"and one of {', '.join(NAMES)}, or a folder with img_emb/*.npy and metadata/*.parquet."
+    )
+
+
+def _parts(source: Path) -> tuple[list[Part], list[Part]]:
+    """Parts of image vectors, and those of text vectors that lie in the same folder."""
+    if source.is_file():
+        return [_npz(source)], []
+    tables = {_number(path): path for path in source.glob("metadata/*.parquet")}
+    beside = {_number(path): path for path in source.glob("text_emb/*.npy")}
+    images, texts = [], []
+    for path in sorted(source.glob("img_emb/*.npy")):
+        number = _number(path)
+        if number not in tables:
+            raise PipelineError(f"{path} has no metadata/*_{number}.parquet that names its rows.")
+        table = shards.read_shard(tables[number], "import embeddings")
+        columns = {n: table[n].to_pylist() for n in (*NAMES, "caption") if n in table.column_names}
+        images.append(_whole(path, columns, np.load(path, mmap_mode="r")))
+        if number in beside and "caption" in columns:
+            texts.append(_whole(beside[number], columns, np.load(beside[number], mmap_mode="r")))
+    return images, texts
+
+
+def _number(path: Path) -> str:
+    """img_emb_0.npy and metadata_0.parquet belong together."""
+    return re.search(r"\d*$", path.stem)[0]
+
+
+def _npz(path: Path) -> Part:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path} cannot be read as npz: {error}") from None
+    vectors = columns.pop("embedding", np.zeros(0))
+    return _whole(path, {n: columns[n].tolist() for n in (*NAMES, *TEXTS) if n in columns}, vectors)
+
+
+def _whole(path: Path, columns: dict[str, list], vectors: np.ndarray) -> Part:
+    """Raises PipelineError unless there is a matrix with a name for every row."""
+    if vectors.ndim != 2 or {len(column) for column in columns.values()} != {len(vectors)}:
+        found = {name: len(column) for name, column in columns.items()}
+        raise PipelineError(
+            f"{path}: found embeddings of shape {vectors.shape} and the names {found}; expected "
+            f"(n, E) and n values in at least one of {', '.join((*NAMES, *TEXTS))}."
+        )
+    return Part(path, columns, vectors)
+
+
+def _checked_width(parts: list[Part]) -> int:
+    """E. Raises PipelineError where widths differ, or rows are zero or not finite."""
+    widths = {str(part.source): part.vectors.shape[1] for part in parts}
+    if len(set(widths.values())) > 1:
+        raise PipelineError(
+            f"the embeddings differ in width, so they are no one teacher's: {widths}"
+        )
+    for part in parts:
+        bad: list[int] = []
+        for start in range(0, len(part.vectors), BLOCK):
+            length = np.linalg.norm(part.vectors[start : start + BLOCK].astype(np.float32), axis=1)
+            bad += (start + np.flatnonzero(~np.isfinite(length) | (length == 0))).tolist()
+        if bad:
+            raise PipelineError(
+                f"{part.source}: {len(bad)} of {len(part.vectors)} embeddings are zero or not "
+                f"finite, such as {[_row(part, row) for row in bad[:3]]}. Compute them again, or "
+                "leave them out."
+            )
+    return parts[0].vectors.shape[1]
+
+
+def _row(part: Part, row: int) -> dict:
+    """What names a row, for a message."""
+    return {name: column[row] for name, column in part.columns.items()}
+
+
+def _known_names(images: Path) -> tuple[dict[str, str | None], set[str]]:
+    """Every name of every good image -> its image_id, None where two share it; all image_ids."""
+    known: dict[str, str | None] = {}
+    good: set[str] = set()
+    for path in shards.shard_paths(images, "download"):
+        for row in shards.read_shard(path, "download", ["image_id", "url", "status"]).to_pylist():
+            if row["status"] == "ok":
+                good.add(row["image_id"])
+                for name in {row["image_id"], *_names(row["url"])}:
+                    known[name] = None if name in known else row["image_id"]
+    return known, good
+
+
+def _names(name: str) -> tuple[str, str, str]:
+    """The names that a url or path gives an image, the surest first."""
+    file = PurePosixPath(unquote(urlsplit(name).path) or name).name
+    return name, file, PurePosixPath(file).stem
+
+
+def _owner(part: Part, row: int, known: dict[str, str | None]) -> str | None:
+    """The image_id that a row's names lead to, if any."""
+    written = [part.columns[name][row] for name in NAMES if name in part.columns]
+    tried = [_names(str(name)) for name in written if name is not None]
+    return next(
+        (known[n] for level in zip(*tried, strict=True) for n in level if known.get(n)), None
+    )
+
+
+def _image_places(
+    parts: list[Part], known: dict[str, str | None]
+) -> tuple[dict[str, Place], dict[str, int]]:
+    """image_id -> its vector, and how many vectors did what."""
+    found: dict[str, Place] = {}
+    counts = {"images": 0, "repeated embeddings": 0, "embeddings without image": 0}
+    for place in _all_places(parts):
+        key = _owner(*place, known)
+        if key is None:
+            counts["embeddings without image"] += 1
+        else:
+            counts["images" if _is_new(found, key, place) else "repeated embeddings"] += 1
+    return found, counts
+
+
+def _text_places(
+    parts: list[Part], known: dict[str, str | None]
+) -> tuple[dict[str, dict[str, Place]], dict[str, Place], dict[str, int]]:
+    """Captions by image_id and text, prompts by text, and how many vectors did what."""
+    captions: dict[str, dict[str, Place]] = {}
+    prompts: dict[str, Place] = {}
+    counts = {"texts": 0, "repeated texts": 0, "texts without image": 0}
+    for place in _all_places(parts):
+        part, row = place
+        if "prompt" in part.columns:
+            group, text = prompts, part.columns["prompt"][row]
+        else:
+            key, text = _owner(part, row, known), part.columns["caption"][row]
+            group = captions.setdefault(key, {}) if key else None
+        if group is None or not text:
+            counts["texts without image"] += 1
+        else:
+            counts["texts" if _is_new(group, text, place) else "repeated texts"] += 1
+    return captions, prompts, counts
+
+
+def _all_places(parts: list[Part]) -> Iterator[Place]:
+    return (Place(part, row) for part in parts for row in range(len(part.vectors)))
+
+
+def _is_new(found: dict[str, Place], key: str, place: Place) -> bool:
+    """Note a vector; False for one that is there. Raises PipelineError for a different one."""
+    first = found.setdefault(key, place)
+    if np.abs(first.unit() - place.unit()).max() > SAME:
+        raise PipelineError(
+            f"one thing has two different embeddings: {_row(*first)} in {first.part.source} and "
+            f"{_row(*place)} in {place.part.source}. Leave one of them out."
+        )
+    return first is place
+
+
+def _refuse_strangers(part: Part, known: dict[str, str | None]) -> None:
+    theirs = [_row(part, row) for row in range(min(3, len(part.vectors)))]
+    raise PipelineError(
+        f"none of the embeddings belongs to an image of data/images: {part.source} names them like "
+        f"{theirs}, the images are named like {list(known)[:3]}. Download the images that the "
+        "embeddings were made from, under the same urls or file names."
+    )
+
+
+def _image_tables(shard: Path, vectors: dict, resize_mode: str, size: int) -> Iterator[pa.Table]:
+    """The vectors of each row group's good images, in the columns and order of stage one."""
+    facts = ["image_id", "status", "sha256", "width", "height"]
+    with shards.open_shard(shard, "download") as file:
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=facts).to_pylist()
+            rows = [r for r in rows if r["status"] == "ok" and r["image_id"] in vectors]
+            boxes = [canonical_view(r["width"], r["height"], resize_mode) for r in rows]
+            matrix = [vectors[row["image_id"]].unit() for row in rows]
+            matrix = np.array(matrix, np.float16).reshape(len(rows), size)
+            columns = {name: [row[name] for row in rows] for name in ("image_id", "sha256")}
+            columns |= {name: [getattr(box, name) for box in boxes] for name in View._fields}
+            columns |= {"view": [0] * len(rows), "embedding": shards.embedding_column(matrix)}
+            schema = shards.teacher_schema(size)
+            yield pa.table({field.name: columns[field.name] for field in schema}).cast(schema)
+
+
+def _captions(shard: Path, captions: dict) -> list[tuple]:
+    """(image_id, text, place) of a shard's images, in their order."""
+    ids = shards.read_shard(shard, "download", ["image_id"])["image_id"].to_pylist()
+    return [(k, t, place) for k in dict.fromkeys(ids) for t, place in captions.get(k, {}).items()]
+
+
+def _commit_texts(work: Work, name: str, rows: list[tuple], size: int) -> None:
+    matrix = np.array([place.unit() for *_, place in rows], np.float16).reshape(len(rows), size)
+    table = pa.table(
+        {
+            "text_id": [text_id(key, text) for key, text, _ in rows],
+            "image_id": pa.array([key for key, *_ in rows], pa.string()),
+            "text": [text for _, text, _ in rows],
+            "embedding": shards.embedding_column(matrix),
+        }
+    )
+    schema = shards.texts_schema(size)
+    _commit(work, name, schema, shards.in_groups(table.cast(schema)))
+
+
+def _commit(work: Work, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    made = {"stage": STAGE, **work.recipe, "libraries": libraries("numpy", "pyarrow")}
+    work.commit(name, partial(shards.write_shard, schema=schema, groups=tables, provenance=made))

@@ -1,0 +1,115 @@
+"""The report's charts: each function draws one, from plain numbers, and returns its PNG."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.evaluation import figures
+
+WIDTH, HEIGHT = 4.6, 2.7  # inches: readable on a phone at full width
+
+
+def in_both_lights(draw: Callable[[bool], bytes]) -> dict[str, str]:
+    """One chart as data URIs for a light and for a dark page; draw: gets dark, returns a PNG."""
+    return {"light": figures.data_uri(draw(False)), "dark": figures.data_uri(draw(True))}
+
+
+def training_curve(
+    steps: dict[str, Sequence[float]], values: dict[str, Sequence[float]], label: str, dark: bool
+) -> bytes:
+    """Lines over training steps: {name: steps}, {name: values}; a name with floor in it is dashed."""
+    with figures.style(dark) as colours:
+        figure, ax = _chart()
+        for name, line in values.items():
+            floor = "floor" in name
+            style = {
+                "color": colours["floor" if floor else "student"],
+                "ls": "--" if floor else "-",
+            }
+            single = "o" if len(line) == 1 else None
+            ax.plot(steps[name], line, label=name, marker=single, lw=1.4, **style)
+        ax.set(xlabel="training step", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(values) > 1:
+            ax.legend()
+        return figures.png(figure, transparent=True)
+
+
+def quality_chart(rows: list[tuple[str, dict]], dark: bool) -> bytes:
+    """Each figure with its interval, as its share of the way from floor (0) to ceiling (1)."""
+    with figures.style(dark) as colours:
+        figure = figures.Figure(figsize=(WIDTH, 0.6 + 0.26 * len(rows)), layout="constrained")
+        ax = figure.subplots()
+        for place, (_, figure_row) in enumerate(rows):
+            span = figure_row["ceiling"] - figure_row["floor"]
+            low, value, high = (
+                (figure_row.get(k, figure_row["value"]) - figure_row["floor"]) / span
+                for k in ("low", "value", "high")
+            )
+            ax.plot([low, high], [place, place], color=colours["student"], lw=3, alpha=0.5)
+            ax.plot([value], [place], "o", color=colours["student"], ms=5)
+        ax.axvline(0, color=colours["floor"], ls="--", lw=1)
+        ax.axvline(1, color=colours["teacher"], ls="--", lw=1)
+        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_xticks([0, 0.5, 1], ["floor", "half-way", "ceiling"])
+        ax.set_xlim(-0.15, 1.15)  # a figure whose ceiling is near its floor may leave the chart
+        return figures.png(figure, transparent=True)
+
+
+def distance_chart(distances: np.ndarray, dark: bool) -> bytes:
+    """(L, H) mean attention distances in px: a dot per head over its layer."""
+    with figures.style(dark) as colours:
+        figure, ax = _chart()
+        layers, heads = distances.shape
+        ax.plot(
+            np.repeat(np.arange(1, layers + 1), heads), distances.ravel(), "o",
+            color=colours["student"], ms=4, alpha=0.6,
+        )  # fmt: skip
+        ax.set(xlabel="layer", ylabel="mean distance, px", xticks=range(1, layers + 1))
+        ax.set_ylim(0, 1.1 * distances.max())
+        return figures.png(figure, transparent=True)
+
+
+def histogram(values: np.ndarray, label: str, limit: float, dark: bool) -> bytes:
+    """How values are spread, and a dashed line at a limit."""
+    with figures.style(dark) as colours:
+        figure, ax = _chart()
+        ax.hist(values, bins=40, color=colours["student"], alpha=0.8)
+        ax.axvline(limit, color=colours["floor"], ls="--", lw=1)
+        ax.set(xlabel=label, ylabel="patches")
+        return figures.png(figure, transparent=True)
+
+
+def speed_chart(speeds: Sequence[float], qualities: Sequence[float], dark: bool) -> bytes:
+    """A dot per run: images a second and cosine to the teacher."""
+    with figures.style(dark) as colours:
+        figure, ax = _chart()
+        ax.plot(speeds, qualities, "o", color=colours["student"])
+        ax.set(xlabel="images per second", ylabel="cosine to the teacher")
+        return figures.png(figure, transparent=True)
+
+
+def mosaic(tiles: np.ndarray, columns: int, gap: int = 1, paper: int = 255) -> np.ndarray:
+    """(n, h, w, 3) uint8 -> one image, in rows of so many columns with gaps of px between them."""
+    n, height, width, _ = tiles.shape
+    rows = -(-n // columns)
+    sheet = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), paper, np.uint8
+    )
+    for i, one in enumerate(tiles):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = one
+    return sheet
+
+
+def coloured(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(...) values -> (..., 3) uint8 colours of the scale from low to high."""
+    return (
+        figures.MAP(((values - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3] * 255
+    ).astype(np.uint8)
+
+
+def _chart():
+    figure = figures.Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    return figure, figure.subplots()

@@ -1,0 +1,119 @@
+"""Pictures as bytes: one style, and the same bytes for the same numbers (no dates, no versions).
+
+The only module that knows Matplotlib. Figures are built without pyplot, so any thread may draw.
+"""
+
+import base64
+import io
+import textwrap
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = {"student": "#2f72e0", "teacher": "#d9730d", "floor": "#8a8f98"}
+DARK = {"student": "#78aaff", "teacher": "#ffa94d", "floor": "#8a8f98"}
+MAP = matplotlib.colormaps["viridis"]
+OPACITY = 0.65  # of a map over its image
+OVER_GREY = ListedColormap((1 - OPACITY) * 0.5 + OPACITY * MAP(np.arange(256))[:, :3])
+DPI = 160
+
+
+@contextmanager
+def style(dark: bool = False):
+    """Figures made inside look alike; a dark one has light lines on no background."""
+    ink = "#e6e6e6" if dark else "#20242b"
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "legend.frameon": False,
+            "text.parse_math": False,  # a caption may hold dollar signs
+            **dict.fromkeys(inked, ink),
+        }
+    ):
+        yield DARK if dark else COLOURS
+
+
+def png(figure: Figure, *, transparent: bool = False) -> bytes:
+    """A figure's PNG."""
+    out = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # emoji are drawn as boxes
+        figure.savefig(
+            out, format="png", dpi=DPI, transparent=transparent, metadata={"Software": None}
+        )
+    return out.getvalue()
+
+
+def picture(ax: Axes, pixels: np.ndarray, title: str = "") -> None:
+    """An image without axes; a long title is broken into lines."""
+    ax.imshow(pixels, interpolation="nearest")
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
+
+
+def colour_bar(figure: Figure, axes: Sequence[Axes], low: float, high: float, label: str) -> None:
+    """The scale of `overlay`'s colours beside some axes."""
+    scale = ScalarMappable(Normalize(low, high), OVER_GREY)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.02, aspect=25)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def overlay(image: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(S, S, 3) uint8 and a (g, g) map -> (S, S, 3) uint8: colours from low to high over grey."""
+    size = image.shape[1], image.shape[0]
+    scaled = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    colours = Image.fromarray((MAP(scaled)[..., :3] * 255).round().astype(np.uint8))
+    colours = colours.resize(size, Image.Resampling.NEAREST)
+    grey = Image.fromarray(image).convert("L").convert("RGB")
+    return np.asarray(Image.blend(grey, colours, OPACITY))
+
+
+def gradient() -> str:
+    """The colours of a map as a CSS gradient, from low to high."""
+    stops = (255 * OVER_GREY(np.linspace(0, 1, 6))[:, :3]).round().astype(int).tolist()
+    return f"linear-gradient(90deg, {', '.join(f'rgb({r}, {g}, {b})' for r, g, b in stops)})"
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> bytes:
+    """(h, w, 3) uint8 -> JPEG whose longer side is at most side px."""
+    image, out = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def tile(pixels: np.ndarray, side: int | None = None) -> bytes:
+    """(h, w, 3) uint8 -> PNG; side: px, enlarged with sharp edges."""
+    image, out = Image.fromarray(pixels), io.BytesIO()
+    if side:
+        image = image.resize((side, side), Image.Resampling.NEAREST)
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def data_uri(content: bytes) -> str:
+    """A JPEG or PNG as a URI that needs no file."""
+    kind = "jpeg" if content[:2] == b"\xff\xd8" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def wrapped(text: str, width: int, lines: int = 3) -> str:
+    """Text in at most so many lines of width characters, for a title."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return "\n".join(
+        textwrap.wrap(printable, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
+    )

@@ -1,0 +1,238 @@
+"""The report's pictures of a student at work: patches of held-out images, and its inside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from pipeline.data import ledger
+from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.targets import text_vectors
+from pipeline.evaluation import charts, figures
+from pipeline.evaluation.patches import PatchView, agreement, entropy, in_shares, student_view
+from pipeline.models import inside
+from pipeline.models.student import Student
+from pipeline.training.batches import Rows, batches_of
+
+SIDE = 192  # px of a tile
+TEXTS = 2  # per image
+PASSED = 64  # images that are looked inside with
+OUTLIER = 2.0  # times the median length
+FILTERS = 28
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture, what it says in words and numbers, and the line below it."""
+
+    uri: str
+    alt: str
+    caption: str
+
+
+def patch_groups(
+    data: Path,
+    rows: Rows,
+    count: int,
+    student: Student,
+    by_teacher: Callable[[dict], PatchView] | None,
+) -> list[dict]:
+    """Tiles of the first held-out images, [{title, tiles}]: weights and a map per text.
+
+    by_teacher: a row of `rows` -> what the teacher makes of it, for its attention beside them.
+    """
+    how, groups = student.preprocessing.interpolation, []
+    for number in range(min(count, len(rows))):
+        row = rows.read(number, 0, 0)
+        image = view_pixels(decode(row["jpg"]), row["box"], row["flip"], SIDE, how)
+        found = student_view(student, rows.pixels(row))
+        caption, texts = _texts_of(data, row["image_id"])
+        tiles = [
+            Tile(
+                figures.data_uri(figures.thumbnail(image, SIDE)),
+                f"Held-out image {number + 1}: {caption or 'no caption'}",
+                "image",
+            ),
+            _weights_tile(image, found.weights, "patch weights"),
+        ]
+        if by_teacher is not None:
+            tiles.append(_teacher_tile(by_teacher(row).weights, image, found.weights))
+        for text, vector, box in texts:
+            tiles.append(_text_tile(image, found.patches @ vector, text, box, row["box"]))
+        groups.append({"title": caption or row["image_id"], "tiles": tiles})
+    return groups
+
+
+def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
+    """An image's caption, and its box texts or else captions, as (text, vector, box or None)."""
+    caption, boxes = ledger.connect(data).execute(BOXES, [image_id]).fetchone()
+    boxes = {box["text"]: box for box in boxes or []}
+    names = list(boxes)
+    texts, _, vectors = text_vectors(
+        data, "image_id IS NULL AND list_contains(?::VARCHAR[], text)", [names]
+    )
+    if not texts:
+        texts, _, vectors = text_vectors(data, "image_id = ?", [image_id])
+    found = [(t, v, boxes.get(t)) for t, v in zip(texts, vectors, strict=True)]
+    return caption, found[:TEXTS]
+
+
+def _weights_tile(image: np.ndarray, weights: np.ndarray, name: str) -> Tile:
+    shares = in_shares(weights)
+    numbers = f"entropy {entropy(weights):.2f} of {np.log2(weights.size):.2f} bits"
+    y, x = np.unravel_index(weights.argmax(), weights.shape)
+    return Tile(
+        figures.data_uri(figures.tile(figures.overlay(image, shares, 0, max(2, shares.max())))),
+        f"{name.capitalize()} over the image: {numbers}; the largest, in row {y + 1}, column "
+        f"{x + 1}, is {shares.max():.2f} times the equal share.",
+        f"{name}, {numbers}",
+    )
+
+
+def _text_tile(image: np.ndarray, cosines: np.ndarray, text: str, box, view) -> Tile:
+    low, high = cosines.min(), cosines.max()
+    drawn = _boxed(figures.overlay(image, cosines, low, high), box, view)
+    y, x = np.unravel_index(cosines.argmax(), cosines.shape)
+    return Tile(
+        figures.data_uri(figures.tile(drawn)),
+        f"Cosine of each patch to the text {text!r}: {low:.3f} to {high:.3f}, highest in row "
+        f"{y + 1}, column {x + 1} of {len(cosines)}.",
+        f"{text}: {low:.2f} to {high:.2f}",
+    )
+
+
+def _teacher_tile(attention: np.ndarray, image: np.ndarray, weights: np.ndarray) -> Tile:
+    tile = _weights_tile(image, attention, "teacher's attention")
+    more = f"correlation with the student's weights {agreement(weights, attention):.2f}"
+    return Tile(tile.uri, f"{tile.alt} {more.capitalize()}.", f"{tile.caption}, {more}")
+
+
+def _boxed(image: np.ndarray, box: dict | None, view: list[float]) -> np.ndarray:
+    """The image with a box outlined, where there is one; views for evaluation are not flipped."""
+    if box is None:
+        return image
+    left, top, right, bottom = view
+    drawn = Image.fromarray(image)
+    x0, x1 = (SIDE * (box[c] - left) / (right - left) for c in ("x0", "x1"))
+    y0, y1 = (SIDE * (box[c] - top) / (bottom - top) for c in ("y0", "y1"))
+    ImageDraw.Draw(drawn).rectangle([x0, y0, x1, y1], outline="white", width=2)
+    return np.asarray(drawn)
+
+
+def inside_views(student: Student, rows: Rows) -> tuple[list[dict], list[dict]]:
+    """Charts and tiles of what the student has learned: ([{title, text, alt, light, dark}],
+    [{title, text, tiles}]), measured on the first PASSED held-out images.
+    """
+    batch = next(batches_of(rows, range(min(PASSED, len(rows))), PASSED, workers=1))
+    device = student.mean.device
+    pixels = student.normalise(torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2))
+    found = inside.look_inside(student, pixels)
+    with torch.inference_mode():
+        weights = student.outputs(pixels).patch_weights
+    parts = [_distances(student, found), _norms(student, found)]
+    groups = [
+        _rollout(student, found, weights, batch.pixels),
+        _positions(student),
+        _filters(student),
+    ]
+    return parts, groups
+
+
+def _distances(student: Student, found) -> dict:
+    distances = inside.mean_attention_distance(found.attention, student.config.patch_size)
+    layers = distances.cpu().numpy()  # (L, H)
+    means = ", ".join(f"{value:.0f}" for value in layers.mean(axis=1))
+    return {
+        "title": "How far attention reaches",
+        "text": "Distance in px between a patch and what it attends to, a dot per head"
+        + (", within the 3 x 3 neighbourhood." if student.config.neighbourhood_mask else "."),
+        "alt": f"Mean attention distance by layer, in px: {means}.",
+    } | charts.in_both_lights(partial(charts.distance_chart, layers))
+
+
+def _norms(student: Student, found) -> dict:
+    norms = inside.patch_norms(student, found.tokens[-1]).cpu()
+    share = inside.outlier_share(norms, OUTLIER)
+    values, limit = norms.flatten().numpy(), float(OUTLIER * norms.median())
+    return {
+        "title": "Patches that are too long",
+        "text": f"Length of the patch embeddings before they are brought to one length. Beyond "
+        f"{OUTLIER:g} times the median (dashed) a patch counts as an artefact: {share:.2%} are.",
+        "alt": f"Histogram of patch lengths: median {norms.median():.2f}, longest "
+        f"{norms.max():.2f}, {share:.2%} beyond {OUTLIER:g} times the median.",
+    } | charts.in_both_lights(partial(charts.histogram, values, "length", limit))
+
+
+def _rollout(student: Student, found, weights: torch.Tensor, pixels: np.ndarray) -> dict:
+    """Where the embedding stems from: the pooled patches' attention, followed to the first layer."""
+    rollout, count = inside.attention_rollout(found.attention), student.class_tokens
+    pooled = weights[:, None] @ rollout[:, count:, count:]  # (B, 1, N)
+    if count:
+        pooled = rollout[:, :count, count:].mean(dim=1, keepdim=True)
+    pooled = (pooled / pooled.sum(dim=2, keepdim=True))[:, 0].cpu().numpy()
+    grid = student.config.grid
+    tiles = []
+    for image, flat in zip(pixels[:4], pooled, strict=False):
+        shown = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        tiles.append(_weights_tile(shown, flat.reshape(grid, grid), "attention rollout"))
+    return {
+        "title": "Where the embedding comes from",
+        "text": "Attention followed through all layers (rollout), weighted by the patch weights.",
+        "tiles": tiles,
+    }
+
+
+def _positions(student: Student) -> dict:
+    similar = inside.position_similarity(student).cpu().numpy()  # (g, g, g, g)
+    grid = len(similar)
+    flat = similar.reshape(grid * grid, grid * grid)
+    others = flat[~np.eye(len(flat), dtype=bool)]
+    low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
+    tiles = charts.coloured(flat.reshape(-1, grid, grid), low, high)
+    beside = similar[np.arange(grid - 1), 0, np.arange(1, grid), 0].mean() if grid > 1 else 1.0
+    sheet = charts.mosaic(tiles, grid)
+    numbers = f"cosines {low:.2f} to {high:.2f}, of places next to each other {beside:.2f}"
+    return {
+        "title": "Positions",
+        "text": "Cosine of each place's position embedding to all others: a small map per place.",
+        "tiles": [
+            Tile(
+                figures.data_uri(figures.tile(sheet, 2 * SIDE)),
+                f"Similarity of position embeddings on a grid of {grid} by {grid}: {numbers}.",
+                numbers,
+            )
+        ],
+    }
+
+
+def _filters(student: Student) -> dict:
+    count = min(FILTERS, *student.conv1.weight.flatten(1).shape)
+    components, shares = inside.filter_components(student, count)
+    found = components.cpu().numpy().transpose(0, 2, 3, 1)  # (count, p, p, 3)
+    most = np.abs(found).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+    tiles = (127.5 + 127.5 * found / most).round().astype(np.uint8)
+    sheet = Image.fromarray(charts.mosaic(tiles, 7))
+    scale = max(1, round(2 * SIDE / sheet.width))
+    sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+    numbers = f"the first {count} components hold {float(shares.sum()):.1%} of the variance"
+    return {
+        "title": "Patch filters",
+        "text": "Principal components of the patch projection, in the order of their share.",
+        "tiles": [
+            Tile(
+                figures.data_uri(figures.tile(np.asarray(sheet))),
+                f"Patch filters: {numbers}, the first one {float(shares[0]):.1%}.",
+                numbers,
+            )
+        ],
+    }
+
+
+BOXES = """
+SELECT caption, list_filter(boxes, lambda b: trim(b.text) <> '') AS boxes FROM images
+WHERE status = 'ok' AND image_id = ?
+"""

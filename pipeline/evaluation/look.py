@@ -1,0 +1,130 @@
+"""One image through the student (and its teacher): which patches count, and where a text is.
+
+Reads data/student, stored texts and, where its weights are here, the teacher.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import write_file
+from pipeline.evaluation import figures
+from pipeline.evaluation.patches import (
+    PatchView,
+    agreement,
+    entropy,
+    in_shares,
+    on_grid,
+    student_view,
+)
+from pipeline.evaluation.queries import Queries, read_image
+from pipeline.evaluation.search import Query
+
+SHOWN = 256  # px a side of a panel
+MOST = 12  # prompts in a figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """Everything one picture shows."""
+
+    title: str
+    image: np.ndarray  # (SHOWN, SHOWN, 3) uint8
+    student: PatchView
+    teacher: PatchView | None  # None without the teacher's weights
+    queries: list[Query]
+    notes: list[str]  # what is left out, and why
+
+
+def look(queries: Queries, file: Path, prompts: list[str]) -> Look:
+    """What student and teacher make of an image file and some texts.
+
+    A prompt that can be embedded neither from store nor by the teacher is left out with a note.
+    Raises PipelineError: no student yet, a file that is no usable image, too many prompts.
+    """
+    if len(prompts) > MOST:
+        raise PipelineError(f"{len(prompts)} prompts: at most {MOST} fit into one picture.")
+    student, asked, notes, teacher = queries.student, [], [], None
+    image = read_image(queries.data, file)
+    for prompt in prompts:
+        try:
+            asked.append(queries.text(prompt))
+            notes += asked[-1].notes
+        except PipelineError as error:
+            notes.append(f"Left out: {error}")
+    try:
+        teacher = _teacher_view(queries, image)
+    except PipelineError as error:
+        notes.append(f"Left out, the teacher's panels: {error}")
+    seen = student_view(student, queries.view(image, student.config.image_size))
+    return Look(file.name, queries.view(image, SHOWN), seen, teacher, asked, notes)
+
+
+def _teacher_view(queries: Queries, image: np.ndarray) -> PatchView:
+    if queries.teacher is None:
+        raise PipelineError(queries.no_teacher)
+    from pipeline.evaluation.teacher_patches import teacher_view
+
+    return teacher_view(queries.teacher, queries.view(image, queries.teacher.image_size))
+
+
+def look_figure(seen: Look, out: Path) -> None:
+    """Write one PNG: image, patch weights (and the teacher's attention); a row per prompt.
+
+    Weights and attention share one colour scale, all activation maps another.
+    """
+    columns, rows = (4 if seen.teacher else 2), 1 + len(seen.queries)
+    title = figures.wrapped(seen.title, 30 * columns, 1)
+    notes = "\n".join(figures.wrapped(note, 30 * columns, 3) for note in seen.notes)
+    with figures.style():
+        size = 2.1 * columns + 0.9, 2.35 * rows + 0.5 + 0.16 * len(notes.splitlines())
+        figure = figures.Figure(figsize=size, layout="constrained")
+        figure.suptitle(f"{title}\n{notes}".strip(), fontsize=9)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        _weights_row(figure, axes[0], seen)
+        if seen.queries:
+            _activation_rows(figure, axes[1:], seen)
+        write_file(out, lambda partial: partial.write_bytes(figures.png(figure)))
+
+
+def _weights_row(figure, axes, seen: Look) -> None:
+    """The image, then every map of weights, with what can be measured of it."""
+    mine = seen.student.weights
+    panels = {f"student: patch weights\n{_entropy(mine)}": mine}
+    if seen.teacher:
+        attention = seen.teacher.weights
+        grid = len(attention)
+        alike = f"correlation with the teacher's {agreement(mine, attention):.2f}"
+        panels[f"student: patch weights on {grid} x {grid}\n{alike}"] = on_grid(mine, grid)
+        panels[f"teacher: class token's attention\n{_entropy(attention)}"] = attention
+    high = max(2.0, *(in_shares(weights).max() for weights in panels.values()))
+    figures.picture(axes[0], seen.image, "image, as the student sees it")
+    for ax, (title, weights) in zip(axes[1:], panels.items(), strict=True):
+        figures.picture(ax, figures.overlay(seen.image, in_shares(weights), 0, high), title)
+    figures.colour_bar(figure, axes, 0, high, "times the equal share")
+
+
+def _entropy(weights: np.ndarray) -> str:
+    return f"entropy {entropy(weights):.2f} of {np.log2(weights.size):.2f} bits"
+
+
+def _activation_rows(figure, axes, seen: Look) -> None:
+    """A row per prompt: the image, then the cosine of each patch to it by each side."""
+    sides = {"student": seen.student} | ({"teacher": seen.teacher} if seen.teacher else {})
+    maps = [
+        {who: view.patches @ getattr(query, who) for who, view in sides.items()}
+        for query in seen.queries
+    ]
+    values = np.concatenate([found.ravel() for row in maps for found in row.values()])
+    low, high = float(values.min()), float(values.max())
+    for line, row, query in zip(axes, maps, seen.queries, strict=True):
+        figures.picture(line[0], seen.image, figures.wrapped(query.title, 30, 3))
+        for ax, (who, found) in zip(line[1:], row.items(), strict=False):
+            whole = sides[who].embedding @ getattr(query, who)
+            title = f"{who}: cosine at most {found.max():.3f}\nwhole image {whole:.3f}"
+            figures.picture(ax, figures.overlay(seen.image, found, low, high), title)
+        for ax in line[1 + len(row) :]:
+            ax.axis("off")
+    figures.colour_bar(figure, axes, low, high, "cosine of patch and text")

@@ -1,0 +1,156 @@
+"""Texts and image files -> vectors to search and look with.
+
+A text that was embedded once (a prompt, a caption) costs nothing; another one needs the teacher's
+text tower, which is loaded only then.
+"""
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import read_stamp
+from pipeline.data import ledger
+from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode, view_pixels
+from pipeline.data.targets import text_vectors
+from pipeline.data.views import canonical_view
+from pipeline.evaluation.patches import student_view
+from pipeline.evaluation.search import Query
+from pipeline.models.student import Student
+
+if TYPE_CHECKING:
+    from pipeline.models.teacher import Teacher
+
+TITLE = 80  # characters of a query that name it
+PROBE = " x"  # appended to a text to see whether there is room for it
+
+
+class Queries:
+    """Makes queries for what lies in data.
+
+    card: the teacher's card, or None. Its weights are asked for only where a stored vector does
+    not do.
+    """
+
+    def __init__(self, data: Path, card: Path | None = None):
+        self.data, self.card = data, card
+
+    @cached_property
+    def student(self) -> Student:
+        """Raises PipelineError before `pipeline distill`."""
+        return Student.load(self.data / "student")
+
+    @cached_property
+    def teacher(self) -> "Teacher | None":
+        """The very teacher whose vectors are stored, or None: `no_teacher` then says why.
+
+        Raises PipelineError where the card names another teacher.
+        """
+        if self.card is None:
+            self.no_teacher = "no teacher card was named (--card)."
+            return None
+        from pipeline.models.teacher import Teacher, teacher_recipe
+
+        stored = read_stamp(self.data / "teacher", "teacher_embed")["recipe"]["teacher"]
+        try:
+            teacher = Teacher(self.card, torch.device("cpu"))
+            found = teacher_recipe(teacher.card, self.card)
+        except PipelineError as error:
+            self.no_teacher = str(error)
+            return None
+        if (found["card"], found["config"]) != (stored["card"], stored["config"]):
+            raise PipelineError(
+                f"{self.card} is not the teacher of data/teacher, which is "
+                f"{stored['card']['name']} ({stored['card']['model']}). Name its card with --card."
+            )
+        return teacher
+
+    def text(self, text: str) -> Query:
+        """The query for a text: its stored embedding, else the teacher's text tower.
+
+        Raises PipelineError: a text without words, or one that is not stored where the teacher's
+        weights are not here either.
+        """
+        text = text.strip()
+        if not text:
+            raise PipelineError("the text is empty: write what the images should show.")
+        _, _, vectors = text_vectors(self.data, "trim(text) = ?", [text])
+        if len(vectors):
+            return Query(_short(text), vectors[0], vectors[0])
+        if self.teacher is None:
+            raise PipelineError(
+                f"{_short(text)!r} has no stored embedding and the teacher's text tower is not "
+                f"here: {self.no_teacher} Stored texts near it: {', '.join(self._near(text))}."
+            )
+        words, nothing, longer = self.teacher._tokenize([text, "", text + PROBE])
+        if words.equal(nothing):
+            raise PipelineError(
+                f"{text!r} holds no token the teacher knows: write what the images should show."
+            )
+        notes = []
+        if words.equal(longer):
+            notes.append(f"Only the first {len(words)} tokens of the text count.")
+        vector = self.teacher.embed_texts([text])[0]
+        return Query(_short(text), vector, vector, notes)
+
+    def image(self, file: Path) -> Query:
+        """The query for an image file: each side's own vector of it.
+
+        Without the teacher's weights the student's vector asks both sides. Raises PipelineError
+        for a file that is no image, or one that is too large to decode.
+        """
+        image = read_image(self.data, file)
+        pixels = self.view(image, self.student.config.image_size)
+        mine = student_view(self.student, pixels).embedding
+        if self.teacher is None:
+            note = f"The student's vector asks both sides: {self.no_teacher}"
+            return Query(file.name, mine, mine, [note])
+        size = self.teacher.image_size
+        own = self.teacher.embed_images(self.view(image, size)[None])[0]
+        return Query(file.name, mine, own)
+
+    def view(self, image: np.ndarray, size: int) -> np.ndarray:
+        """(h, w, 3) uint8 -> (size, size, 3): what teacher and student see of an image."""
+        how = read_stamp(self.data / "teacher", "teacher_embed")["summary"]["preprocessing"]
+        view = canonical_view(image.shape[1], image.shape[0], how["resize_mode"])
+        return np.array(view_pixels(image, view.box, view.flip, size, how["interpolation"]))
+
+    def _near(self, text: str) -> list[str]:
+        """A few stored texts that are written like this one, prompts before captions."""
+        stored = ledger.connect(self.data).execute(STORED).fetchall()
+        return difflib.get_close_matches(text[:TITLE], [t for (t,) in stored], n=5, cutoff=0)
+
+
+def read_image(data: Path, file: Path) -> np.ndarray:
+    """An image file as the download stage would have stored it: (h, w, 3) uint8, upright RGB.
+
+    Raises PipelineError for what it would have refused, with the reason.
+    """
+    recipe = read_stamp(data / "images", "download")["recipe"]
+    stored = recipe["pixels"]["image_size"], recipe["pixels"]["quality"]
+    try:
+        jpg, *_ = canonical_jpeg(file.read_bytes(), *stored, recipe["rules"]["max_pixels"])
+        return decode(jpg)
+    except OSError as error:
+        raise PipelineError(f"{file} cannot be read: {error.strerror}.") from None
+    except (NotAnImage, TooManyPixels) as error:
+        raise PipelineError(
+            f"{file} is no image that can be used: {error}. Expected a whole JPEG, PNG, WebP, GIF, "
+            f"BMP or TIFF of at most {recipe['rules']['max_pixels']} pixels."
+        ) from None
+
+
+def _short(text: str) -> str:
+    """A query's text as its title: one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= TITLE else line[: TITLE - 1] + "…"
+
+
+STORED = """
+SELECT DISTINCT text FROM (SELECT text FROM texts ORDER BY image_id NULLS FIRST, text LIMIT 5000)
+ORDER BY text
+"""

@@ -1,0 +1,314 @@
+"""report.html: what was trained on what, how good it is and what it looks like, in one file.
+
+Self-contained: pictures are data: URIs, there are no scripts, nothing is fetched. The same inputs
+give the same bytes, so it may be a DVC out; times and speeds live in data/runs and come in only
+when they are passed in.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from pipeline.core.config import EvaluateConfig
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import read_stamp, write_file
+from pipeline.data import ledger
+from pipeline.data.pixels import decode
+from pipeline.data.targets import text_vectors
+from pipeline.evaluation import charts, figures, inspection
+from pipeline.evaluation.patches import PatchView
+from pipeline.evaluation.search import Collection, Hits, Query
+from pipeline.models.student import Student, read_card
+from pipeline.training.batches import Rows
+
+NAME = "report.html"
+HITS = 6  # a side and prompt
+LOOKED_AT = 6  # held-out images
+THUMBNAIL = 160  # px
+APART = 0.02  # floor and ceiling, for a share of the way between them to mean something
+
+MEANING = {
+    "cosine": "between the student's and the teacher's embedding of the same image",
+    "l1_norm100": "mean absolute difference of the two, times 100: the published loss",
+    "centred_cosine": "after the mean training embedding is taken off both",
+    "student_to_teacher": "the student's vector of an image finds the teacher's of the same one",
+    "text_to_image": "a caption finds its own image",
+    "overlap@10": "share of the ten best images that student and teacher agree on",
+    "pointing": "the patch that answers best to a text lies in its box",
+    "energy": "share of the activation that lies in the box",
+}
+
+
+def write_report(
+    path: Path,
+    data: Path,
+    student: Student,
+    index: Path,
+    found: dict,
+    config: EvaluateConfig,
+    *,
+    by_teacher: Callable[[dict], PatchView] | None = None,
+    notes: list[str] | None = None,
+    runs: list[dict] | None = None,
+) -> None:
+    """Write the report to path.
+
+    index: folder of the student's index; found: the figures of `pipeline evaluate`. by_teacher:
+    what the teacher makes of a row, where its weights are here; notes: what is left out and why;
+    runs: finished evaluations with images_per_second and cosine.
+    """
+    rows = Rows(data, config.split, student.config.image_size, student.preprocessing.interpolation)
+    parts, groups = inspection.inside_views(student, rows)
+    values = {
+        "found": found,
+        "summary": _summary(found, student),
+        "made": _made(data, student),
+        "counts": _counts(data),
+        "quality": _quality(found),
+        "curves": _curves(data / "student" / "training.csv"),
+        "searches": _searches(Collection(data, index), config.prompts),
+        "looked_at": inspection.patch_groups(data, rows, LOOKED_AT, student, by_teacher),
+        "charts_inside": parts,
+        "tiles_inside": groups,
+        "runs": _runs(runs or []),
+        "notes": notes or [],
+        "gradient": figures.gradient(),
+    }
+    template = files("pipeline.evaluation").joinpath(NAME).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.from_string(template).render(values)
+    path.write_text(html, encoding="utf-8")
+
+
+def report(
+    data: Path,
+    path: Path,
+    config: EvaluateConfig,
+    by_teacher: Callable[[dict], PatchView] | None,
+    notes: list[str],
+) -> None:
+    """The report of what lies in data, with what the evaluate stage leaves out: the teacher's
+    attention, and quality against throughput.
+
+    Raises PipelineError before `pipeline evaluate`.
+    """
+    found = read_stamp(data / "evaluation", "evaluate")["summary"]
+    student, index = Student.load(data / "student"), data / "evaluation" / "index"
+    runs = [
+        {"stamp": stamp, "images_per_second": speed, "device": device}
+        | {"cosine": json.loads(metrics)["fidelity.cosine"]}
+        for stamp, speed, device, metrics in ledger.connect(data).execute(RUNS).fetchall()
+    ]
+    write = partial(write_report, data=data, student=student, index=index, found=found)
+    write_file(path, partial(write, config=config, by_teacher=by_teacher, notes=notes, runs=runs))
+
+
+def _summary(found: dict, student: Student) -> str:
+    cosine = found["fidelity"]["cosine"]
+    size = sum(parameter.numel() for parameter in student.parameters())
+    return (
+        f"A student of {size / 1e6:.2f} million parameters. On {found['images']} held-out images "
+        f"its embedding has a cosine of {cosine['value']:.3f} to the teacher's; always answering "
+        f"the mean training embedding would give {cosine['floor']:.3f}."
+    )
+
+
+def _made(data: Path, student: Student) -> dict[str, dict]:
+    """Tables of names and values: teacher, student, training, and the stamps of every stage."""
+    card = read_card(data / "student")
+    teacher, trained = card["teacher"] or {}, card["provenance"]
+    rooms = {"images": "download", "teacher": "teacher_embed"}
+    rooms |= {"selection": "select", "student": "distill"}
+    stamps = {room: read_stamp(data / room, stage)["stamp"] for room, stage in rooms.items()}
+    training = {k: v for k, v in trained.get("config", {}).items() if k != "student"}
+    return {
+        "Teacher": _flat(teacher) | {"licence": card["license"] or "not recorded"},
+        "Student": student.config.model_dump(),
+        "Training": _flat(training),
+        "Stamps of the stages": stamps,
+        "Libraries at training": trained.get("libraries", {}),
+    }
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries -> one, with dots."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def _counts(data: Path) -> dict:
+    """What became of every row of the manifest, and of every image."""
+    connection = ledger.connect(data)
+    statuses = connection.execute(STATUSES).fetchall()
+    total = sum(count for _, count, _ in statuses)
+    splits = connection.execute(SPLITS).fetchall()
+    embedded, texts = (connection.execute(sql).fetchall() for sql in (VIEWS, TEXTS))
+    return {
+        "total": total,
+        "good": sum(count for status, count, _ in statuses if status == "ok"),
+        "statuses": [(s, n, f"{n / total:.2%}", error or "") for s, n, error in statuses],
+        "splits": splits,
+        "embedded": [*embedded, *texts],
+    }
+
+
+def _quality(found: dict) -> dict:
+    """The figures as rows, and a chart of those with floor and ceiling."""
+    rows = list(_figure_rows(found))
+    drawn = [
+        (name, figure)
+        for name, figure in rows
+        if abs(figure.get("ceiling", 0) - figure.get("floor", 0)) >= APART
+    ]
+    shares = ", ".join(
+        f"{name} {(f['value'] - f['floor']) / (f['ceiling'] - f['floor']):.0%}" for name, f in drawn
+    )
+    table = [
+        {
+            "name": name,
+            "meaning": next((MEANING[word] for word in name.split()[::-1] if word in MEANING), ""),
+            "value": _number(figure["value"]),
+            "interval": f"{_number(figure['low'])} to {_number(figure['high'])}"
+            if "low" in figure
+            else "",
+            "floor": _number(figure.get("floor")),
+            "ceiling": _number(figure.get("ceiling")),
+            "centre": _number(figure.get("centre")),
+        }
+        for name, figure in rows
+    ]
+    counts = {name: v for name, v in _flat(found).items() if isinstance(v, int)}
+    return {
+        "table": table,
+        "counts": counts,
+        "apart": APART,
+        "alt": f"Share of the way from floor to ceiling: {shares}.",
+    } | charts.in_both_lights(partial(charts.quality_chart, drawn))
+
+
+def _figure_rows(found: dict, prefix: str = ""):
+    """Every figure with a value, under its path, wherever it stands."""
+    for key, figure in sorted(found.items(), key=_natural):
+        if isinstance(figure, dict):
+            name = key if prefix in ("", key) else f"{prefix} {key}"
+            if isinstance(figure.get("value"), int | float):
+                yield name, figure
+            else:
+                yield from _figure_rows(figure, name)
+
+
+def _natural(item: tuple[str, object]) -> list:
+    """R@5 before R@10, in whatever order the figures came."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _curves(log: Path) -> list[dict]:
+    """Charts of the training log: the loss, and the validation cosine beside its floor."""
+    try:
+        with log.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError:
+        raise PipelineError(f"no {log}. Run `pipeline distill` first.") from None
+    found = []
+    for title, (label, names) in CURVES.items():
+        points = {
+            name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            for name in names
+        }
+        points = {name: line for name, line in points.items() if line}
+        if points:
+            steps = {name: [step for step, _ in line] for name, line in points.items()}
+            values = {name: [value for _, value in line] for name, line in points.items()}
+            ends = ", ".join(
+                f"{name} from {line[0]:.3f} to {line[-1]:.3f}" for name, line in values.items()
+            )
+            steps_in_all = max(map(max, steps.values()))
+            alt = f"{title} over {steps_in_all} steps: {ends}."
+            draw = partial(charts.training_curve, steps, values, label)
+            found.append({"title": title, "alt": alt} | charts.in_both_lights(draw))
+    return found
+
+
+def _searches(collection: Collection, prompts: list[str]) -> list[dict]:
+    found = []
+    for prompt in prompts:
+        _, _, vectors = text_vectors(collection.data, "trim(text) = ?", [prompt.strip()])
+        if len(vectors):
+            hits = collection.search(Query(prompt, vectors[0], vectors[0]), HITS)
+            shared = len({h.image_id for h in hits.student} & {h.image_id for h in hits.teacher})
+            found.append({"title": prompt, "shared": shared, "sides": _tiles(hits)})
+        else:
+            found.append({"title": prompt, "shared": 0, "sides": {}})
+    return found
+
+
+def _tiles(hits: Hits) -> dict[str, list[inspection.Tile]]:
+    return {
+        by: [
+            inspection.Tile(
+                figures.data_uri(figures.thumbnail(decode(hit.jpg), THUMBNAIL)),
+                f"Number {hit.rank} by the {by}, cosine {hit.score:.3f}: "
+                f"{hit.caption or 'no caption'}",
+                f"{hit.score:.3f} {hit.caption or ''}",
+            )
+            for hit in getattr(hits, by)
+        ]
+        for by in ("student", "teacher")
+    }
+
+
+def _runs(runs: list[dict]) -> dict | None:
+    if not runs:
+        return None
+    speeds, cosines = ([run[k] for run in runs] for k in ("images_per_second", "cosine"))
+    best = int(np.argmax(cosines))
+    alt = (
+        f"{len(runs)} evaluations: cosine {min(cosines):.3f} to {max(cosines):.3f}, "
+        f"{min(speeds):.0f} to {max(speeds):.0f} images per second; the best cosine at "
+        f"{speeds[best]:.0f} images per second."
+    )
+    draw = partial(charts.speed_chart, speeds, cosines)
+    return {"rows": runs, "alt": alt} | charts.in_both_lights(draw)
+
+
+CURVES = {
+    "Training loss": ("loss", ["loss"]),
+    "Cosine to the teacher, validation split": ("cosine", ["val_cosine", "val_floor"]),
+}
+STATUSES = """
+SELECT status, count(*) AS count, min(error) FROM images
+GROUP BY status ORDER BY status <> 'ok', count DESC, status
+"""
+SPLITS = """
+SELECT place, reason, count(*) AS count
+FROM (SELECT CASE WHEN keep THEN split ELSE 'left out' END AS place, reason FROM selection)
+GROUP BY place, reason ORDER BY place = 'left out', count DESC, place, reason
+"""
+VIEWS = """
+SELECT CASE WHEN view = 0 THEN 'images, whole view' ELSE 'images, view ' || view END, count(*)
+FROM teacher GROUP BY view ORDER BY view
+"""
+TEXTS = """
+SELECT CASE WHEN image_id IS NULL THEN 'prompts' ELSE 'captions' END AS kind, count(*)
+FROM texts GROUP BY kind ORDER BY kind
+"""
+RUNS = """
+SELECT stamp, images_per_second, device, metrics FROM runs
+WHERE stage = 'evaluate' AND images_per_second > 0 ORDER BY finished, stamp
+"""

@@ -1,0 +1,217 @@
+"""Nearest images of the collection to a vector, by student and by teacher, side by side.
+
+Reads the stored vectors only: data/evaluation/index (the student's) and data/teacher (view 0).
+Cost: 8 bytes per image and embedding value in memory, and two matrix-vector products a search.
+n images, E embedding size.
+"""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import content, read_stamp, write_file
+from pipeline.data import ledger, shards
+from pipeline.data.pixels import decode
+from pipeline.data.targets import unit_rows
+from pipeline.evaluation import figures
+
+FORMATS = ("table", "json", "csv")
+DRAWN = 10  # images a row of the figure, at most
+WIDTH = 50  # characters of a cell in a table
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for: unit vectors (E,), the same or each side's own, and what to know."""
+
+    title: str
+    student: np.ndarray
+    teacher: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One image that was found; score: cosine to the query."""
+
+    rank: int  # from 1
+    score: float
+    image_id: str
+    caption: str | None
+    url: str
+    jpg: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The best images of a collection, best first, by each side."""
+
+    title: str
+    collection: int  # images that were searched
+    student: list[Hit]
+    teacher: list[Hit]
+    notes: list[str]
+
+    def rows(self) -> list[dict]:
+        """One flat record per hit, without the pixels."""
+        return [
+            {"by": by} | {key: value for key, value in asdict(hit).items() if key != "jpg"}
+            for by in ("student", "teacher")
+            for hit in getattr(self, by)
+        ]
+
+
+class Collection:
+    """The indexed images in memory: ids, student (n, E) and teacher (n, E) unit float32 vectors.
+
+    index: folder of the student's index, data/evaluation/index by default, which must then belong
+    to the student and the teacher's vectors that lie in data. Raises PipelineError where it does
+    not, or where a stage has not run.
+    """
+
+    def __init__(self, data: Path, index: Path | None = None):
+        self.data = data
+        if index is None:
+            index = data / "evaluation" / "index"
+            _check_index(data)
+        shards.shard_paths(index, "evaluate")
+        pattern = str(index.resolve() / "*.parquet")
+        parts = ledger.connect(data).sql(PAIRS, params=[pattern]).to_arrow_reader(10_000)
+        ids, found = [], {"student": [], "teacher": []}
+        for batch in parts:
+            ids += batch["image_id"].to_pylist()
+            for by, vectors in found.items():
+                vectors.append(unit_rows(batch[by]))
+        if not ids:
+            raise PipelineError(
+                "the index holds no image that has a teacher vector. Run `pipeline evaluate`."
+            )
+        order = np.argsort(np.array(ids))
+        self.ids = [ids[i] for i in order]
+        self.student, self.teacher = (np.concatenate(v)[order] for v in found.values())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def search(self, query: Query, k: int) -> Hits:
+        """The best k images for a query; all of them, and a note, where there are fewer."""
+        if k < 1:
+            raise PipelineError(f"k is {k}: at least one image must be asked for.")
+        if query.student.shape != self.student.shape[1:]:
+            raise PipelineError(
+                f"the query has {query.student.size} values, the index {self.student.shape[1]}: "
+                "they come from different teachers. Run `pipeline evaluate`."
+            )
+        best = {
+            "student": nearest(self.student, query.student, k),
+            "teacher": nearest(self.teacher, query.teacher, k),
+        }
+        wanted = {self.ids[row] for rows, _ in best.values() for row in rows}
+        facts = image_facts(self.data, sorted(wanted))
+        hits = {
+            by: [
+                Hit(rank, float(score), self.ids[row], *facts[self.ids[row]])
+                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
+            ]
+            for by, (rows, scores) in best.items()
+        }
+        notes = list(query.notes)
+        if k > len(self):
+            notes.append(f"{k} images were asked for; the collection holds {len(self)}.")
+        return Hits(query.title, len(self), **hits, notes=notes)
+
+
+def search(data: Path, query: Query, k: int) -> Hits:
+    """One search of data/; many are faster with one `Collection`."""
+    return Collection(data).search(query, k)
+
+
+def nearest(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers and scores of the k largest inner products, best first; ties by row number.
+
+    vectors (n, E), query (E,) -> two (min(k, n),) arrays.
+    """
+    scores = vectors @ query  # (n,)
+    k = min(k, len(scores))
+    least = np.partition(scores, -k)[-k]
+    rows = np.flatnonzero(scores >= least)
+    rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
+    return rows, scores[rows]
+
+
+def image_facts(data: Path, ids: list[str]) -> dict[str, tuple[str | None, str, bytes]]:
+    """image_id -> (caption, url, jpg) of the images with these ids."""
+    found = ledger.connect(data).execute(FACTS, [ids]).fetchall()
+    return {key: facts for key, *facts in found}
+
+
+def _check_index(data: Path) -> None:
+    student = content(read_stamp(data / "student", "distill"))
+    teacher = content(read_stamp(data / "teacher", "teacher_embed"))
+    made_from = read_stamp(data / "evaluation", "evaluate")["recipe"]
+    if (made_from["student"], made_from["teacher"]) != (student, teacher):
+        raise PipelineError(
+            "data/evaluation was made from another student or other teacher vectors than lie in "
+            "data/ now. Run `pipeline evaluate` first."
+        )
+
+
+def hits_text(hits: Hits, form: str) -> str:
+    """The hits as table, json or csv. Raises PipelineError for another format."""
+    if form not in FORMATS:
+        raise PipelineError(f"--format {form}: there are {', '.join(FORMATS)}.")
+    rows = hits.rows()
+    if form == "json":
+        answer = {"query": hits.title, "collection": hits.collection, "notes": hits.notes}
+        return json.dumps(answer | {"hits": rows}, ensure_ascii=False, indent=2)
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().rstrip("\n")
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([*(line.rstrip() for line in lines), *hits.notes])
+
+
+def _cell(value) -> str:
+    """Printable and short: captions come from strangers, and a terminal obeys control codes."""
+    text = f"{value:.4f}" if isinstance(value, float) else str(value or "")
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+
+
+def search_figure(hits: Hits, out: Path) -> None:
+    """Write a PNG: the student's best images above the teacher's, with scores and captions."""
+    drawn = min(DRAWN, max(len(hits.student), len(hits.teacher)))
+    with figures.style() as colours:
+        figure = figures.Figure(figsize=(max(1.5 * drawn, 4.5), 4.9), layout="constrained")
+        more = f", first {drawn} of {len(hits.student)}" if len(hits.student) > drawn else ""
+        found = f"best of {hits.collection} images{more}"
+        notes = "".join(f"\n{figures.wrapped(note, 22 * drawn)}" for note in hits.notes)
+        title = figures.wrapped(hits.title, 16 * drawn, lines=2)
+        figure.suptitle(f"{title}\n{found}{notes}", fontsize=10)
+        for strip, by in zip(figure.subfigures(2, 1), ("student", "teacher"), strict=True):
+            strip.supylabel(f"by {by}", color=colours[by], fontsize=10)
+            for ax, hit in zip(strip.subplots(1, drawn, squeeze=False)[0], getattr(hits, by)):  # noqa: B905
+                caption = figures.wrapped(hit.caption or hit.url, 20, lines=3)
+                figures.picture(ax, decode(hit.jpg), f"{hit.rank}: {hit.score:.3f}\n{caption}")
+        write_file(out, lambda partial: partial.write_bytes(figures.png(figure)))
+
+
+# Every indexed image with both of its vectors.
+PAIRS = """
+SELECT image_id, index.embedding AS student, teacher.embedding AS teacher
+FROM read_parquet(?) AS index JOIN teacher USING (image_id) WHERE view = 0
+"""
+FACTS = """
+SELECT image_id, caption, url, jpg FROM images
+WHERE status = 'ok' AND image_id IN (SELECT unnest(?))
+"""

@@ -1,0 +1,214 @@
+"""`pipeline serve`: type a text, see what student and teacher find, click an image for its map.
+
+Plain pages without scripts, from vectors in memory; needs the extra `web` (FastAPI, uvicorn).
+"""
+
+import errno
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from pipeline.core.errors import PipelineError
+from pipeline.data.pixels import decode
+from pipeline.evaluation import figures
+from pipeline.evaluation.patches import PatchView, entropy, in_shares, student_view
+from pipeline.evaluation.queries import Queries
+from pipeline.evaluation.search import Collection, Hit, image_facts
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.responses import HTMLResponse, Response
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+except ImportError as error:
+    raise PipelineError(
+        f"`pipeline serve` needs {error.name}: install it with `pip install 'extrahead[web]'`."
+    ) from None
+
+HITS = 12  # a side
+SHOWN = 320  # px a side of a map
+LOCAL = ["127.0.0.1", "localhost", "[::1]"]
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; "
+    "style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def serve(
+    data: Path,
+    card: Path | None,
+    host: str,
+    port: int,
+    *,
+    public: bool,
+    announce: Callable[[str], None],
+) -> None:
+    """Answer until interrupted. port 0 takes a free one; announce is told the address.
+
+    Raises PipelineError: an address that others can reach without public, a port in use, no
+    student or index yet.
+    """
+    with listen(host, port, public=public) as listener:
+        app = make_app(data, card, hosts=["*"] if public else LOCAL)
+        number = listener.getsockname()[1]
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{number}/  (Ctrl-C ends it)")
+        make_server(app).run(sockets=[listener])
+
+
+def listen(host: str, port: int, *, public: bool) -> socket.socket:
+    """A socket that listens. Raises PipelineError as `serve` does."""
+    if not public and not _is_loopback(host):
+        raise PipelineError(
+            f"{host} can be reached by other machines, and whoever reaches it sees every image. "
+            "Say --public if you mean it, or keep 127.0.0.1."
+        )
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = {
+            errno.EADDRINUSE: f"port {port} is in use. Choose another with --port, or 0 for any",
+            errno.EACCES: f"port {port} is for the administrator. Choose one above 1023",
+        }.get(error.errno, f"{host}:{port} cannot be listened on ({error})")
+        raise PipelineError(f"{reason}.") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+
+
+def make_app(data: Path, card: Path | None, hosts: list[str]) -> FastAPI:
+    """The pages, for requests that name one of hosts (so no other site can ask through a browser)."""
+    rooms = _Rooms(data, card)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    source = files("pipeline.evaluation").joinpath("serve.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(source, globals={"thumbnail": _thumbnail})
+
+    @app.middleware("http")
+    async def harden(request: Request, call_next):
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.get("/", response_class=HTMLResponse)
+    def results(q: str = "") -> HTMLResponse:
+        values = {"text": q, "hits": None, "look": None, "error": None, "images": len(rooms)}
+        try:
+            values["hits"] = rooms.search(q) if q.strip() else None
+        except PipelineError as error:
+            return HTMLResponse(page.render(values | {"error": str(error)}), status_code=400)
+        return HTMLResponse(page.render(values))
+
+    @app.get("/look/{image_id}", response_class=HTMLResponse)
+    def look(image_id: str, q: str) -> HTMLResponse:
+        found = _or_404(rooms.look, image_id, q)
+        values = {"text": q, "hits": None, "look": found, "error": None, "images": len(rooms)}
+        return HTMLResponse(page.render(values))
+
+    @app.get("/image/{image_id}")
+    def image(image_id: str) -> Response:
+        return Response(_or_404(rooms.jpg, image_id), media_type="image/jpeg")
+
+    @app.get("/map/{image_id}")
+    def text_map(image_id: str, q: str) -> Response:
+        return Response(_or_404(rooms.text_map, image_id, q), media_type="image/png")
+
+    @app.get("/weights/{image_id}")
+    def weights_map(image_id: str) -> Response:
+        return Response(_or_404(rooms.weights_map, image_id), media_type="image/png")
+
+    return app
+
+
+def _thumbnail(hit: Hit) -> str:
+    return figures.data_uri(figures.thumbnail(decode(hit.jpg), SHOWN // 2))
+
+
+def _or_404(answer: Callable, *arguments):
+    try:
+        return answer(*arguments)
+    except PipelineError as error:
+        raise HTTPException(404, str(error)) from None
+
+
+class _Rooms:
+    """What the pages show; one request at a time uses the networks."""
+
+    def __init__(self, data: Path, card: Path | None):
+        self.data, self.queries, self.lock = data, Queries(data, card), threading.Lock()
+        self.collection = Collection(data)
+        self.known = set(self.collection.ids)
+        self.queries.student  # noqa: B018  # a missing student is an error now, not at a click
+        self._view = lru_cache(maxsize=64)(self._view)
+        self._query = lru_cache(maxsize=256)(self._query)
+
+    def __len__(self) -> int:
+        return len(self.collection)
+
+    def search(self, text: str):
+        return self.collection.search(self._query(text), HITS)
+
+    def jpg(self, image_id: str) -> bytes:
+        if image_id not in self.known:
+            raise PipelineError(f"no image {image_id} in the index.")
+        return image_facts(self.data, [image_id])[image_id][2]
+
+    def look(self, image_id: str, text: str) -> dict:
+        """The numbers beside the pictures of one image."""
+        _, view = self._view(image_id)
+        query = self._query(text)
+        cosines = view.patches @ query.student
+        row, column = np.unravel_index(cosines.argmax(), cosines.shape)
+        caption, url, _ = image_facts(self.data, [image_id])[image_id]
+        return {
+            "image_id": image_id,
+            "caption": caption,
+            "url": url,
+            "whole": float(view.embedding @ query.student),
+            "low": float(cosines.min()),
+            "high": float(cosines.max()),
+            "row": int(row) + 1,
+            "column": int(column) + 1,
+            "grid": len(cosines),
+            "entropy": entropy(view.weights),
+            "most": np.log2(view.weights.size),
+            "gradient": figures.gradient(),
+        }
+
+    def text_map(self, image_id: str, text: str) -> bytes:
+        image, view = self._view(image_id)
+        cosines = view.patches @ self._query(text).student
+        return figures.tile(figures.overlay(image, cosines, cosines.min(), cosines.max()))
+
+    def weights_map(self, image_id: str) -> bytes:
+        image, view = self._view(image_id)
+        shares = in_shares(view.weights)
+        return figures.tile(figures.overlay(image, shares, 0, max(2.0, shares.max())))
+
+    def _view(self, image_id: str) -> tuple[np.ndarray, PatchView]:
+        image, student = decode(self.jpg(image_id)), self.queries.student
+        with self.lock:
+            seen = student_view(student, self.queries.view(image, student.config.image_size))
+        return self.queries.view(image, SHOWN), seen
+
+    def _query(self, text: str):
+        with self.lock:
+            return self.queries.text(text)

@@ -1,0 +1,96 @@
+"""Worlds to search and look at: one written by hand, whose answers are known, and one that went
+through every stage.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import worlds
+
+from pipeline.core.config import DistillConfig, EvaluateConfig
+from pipeline.data import shards
+
+SIZE = 4  # embedding size of the world written by hand
+NAMES = ["apple", "bread", "cloud", "door"]  # image i's teacher vector is the i-th unit vector
+
+
+def handmade(data: Path) -> Path:
+    """Four images and their vectors in data; the student takes the apple for bread and vice versa.
+
+    Returns the folder of the student's index. Prompts: the names; captions: "a picture of NAME".
+    """
+    teacher = np.eye(SIZE, dtype=np.float16)
+    images = [
+        {
+            "row_id": f"r{i}",
+            "image_id": name,
+            "url": f"file:{name}.jpg",
+            "caption": f"a picture of {name}",
+            "status": "ok",
+            "jpg": worlds.picture(i, kind="JPEG"),
+        }
+        for i, name in enumerate(NAMES)
+    ]
+    lost = {"row_id": "r9", "image_id": "apple", "url": "file:apple.jpg", "status": "duplicate_url"}
+    _write(data / "images/00000.parquet", shards.IMAGES, [*images, lost])
+    views = [{"image_id": n, "view": 0, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
+    views += [{"image_id": n, "view": 1, "embedding": teacher[3]} for n in NAMES]
+    _write(data / "teacher/images/00000.parquet", shards.teacher_schema(SIZE), views)
+    texts = [{"text_id": n, "text": n, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
+    _write(data / "teacher/texts/prompts.parquet", shards.texts_schema(SIZE), texts)
+    student = teacher[[1, 0, 2, 3]]
+    index = [{"image_id": n, "embedding": student[i]} for i, n in enumerate(NAMES)]
+    _write(data / "index/00000.parquet", shards.index_schema(SIZE), index)
+    return data / "index"
+
+
+def _write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {}
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        if field.name == "embedding":
+            columns[field.name] = shards.embedding_column(np.stack(values).astype(np.float16))
+        else:
+            columns[field.name] = pa.array(values, field.type)
+    shards.write_shard(path, schema, [pa.table(columns)], {})
+
+
+_finished: dict[Path, Path] = {}
+
+
+def finished(small_world: worlds.World, folder: Path) -> Path:
+    """data/ of the small world after all five stages; made once a session, not to be changed."""
+    if small_world.data not in _finished:
+        from stages.distill import distill
+        from stages.evaluate import evaluate
+        from stages.select import select
+
+        data = folder / "data"
+        shutil.copytree(small_world.data, data)
+        select(worlds.select_config(val=0.2, test=0.4), data)
+        distill(distill_config(), data, device="cpu", workers=1)
+        evaluate(evaluate_config(), data, device="cpu", workers=1)
+        _finished[small_world.data] = data
+    return _finished[small_world.data]
+
+
+def distill_config() -> DistillConfig:
+    student = {
+        "image_size": worlds.IMAGE_SIZE, "patch_size": 8, "embedding_size": worlds.EMBEDDING_SIZE,
+        "heads": 4, "layers": 2, "neighbourhood_mask": False, "same_norm": True,
+        "pool": "extra-head", "temperature": 1.0,
+    }  # fmt: skip
+    loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0}
+    return DistillConfig(
+        student=student, loss=loss, relational_scale=20.0, views=1, noise=0.0, steps=4, batch=8,
+        learning_rate=0.01, schedule="cosine", warmup=0, weight_decay=0.0, clip=1.0, ema=0.0,
+        precision="float32", validate_every=2, window=4, seed=0,
+    )  # fmt: skip
+
+
+def evaluate_config(**changes) -> EvaluateConfig:
+    values = {"split": "test", "batch": 8, "prompts": ["a red circle", "never embedded"]}
+    return EvaluateConfig(**values | changes)

@@ -1,0 +1,204 @@
+"""report.html: complete, self-contained, readable by anyone, the same every time."""
+
+import base64
+import io
+import json
+import re
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+import seeing
+from PIL import Image
+
+from pipeline.core.provenance import read_stamp
+from pipeline.data import ledger
+from pipeline.evaluation import charts
+from pipeline.evaluation.inspection import Tile
+from pipeline.evaluation.queries import Queries
+from pipeline.evaluation.report import report, write_report
+from pipeline.models.student import Student
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, name: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+@pytest.fixture(scope="module")
+def data(small_world, tmp_path_factory) -> Path:
+    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def write(data):
+    """The call that the evaluate stage makes."""
+    return partial(
+        write_report,
+        data=data,
+        student=Student.load(data / "student"),
+        index=data / "evaluation" / "index",
+        found=read_stamp(data / "evaluation", "evaluate")["summary"],
+        config=seeing.evaluate_config(),
+    )
+
+
+@pytest.fixture(scope="module")
+def file(write, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(file) -> Page:
+    return Page(file.read_text())
+
+
+def test_every_status_and_every_reason_of_the_data_is_counted(page, data):
+    cells = re.sub(r"\s+", " ", page.text)
+    connection = ledger.connect(data)
+    statuses = connection.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
+    assert len(statuses) >= 3  # good ones, failures, a repeated url
+    reasons = connection.execute(
+        "SELECT reason, count(*) FROM selection WHERE NOT keep GROUP BY reason"
+    ).fetchall()
+    assert len(reasons) >= 2
+    for name, count in [*statuses, *reasons]:
+        assert re.search(rf"\b{re.escape(name)} ?{count}\b", cells), name
+
+
+def test_every_figure_stands_beside_its_floor_and_ceiling(page, write):
+    found = write.keywords["found"]
+    for group in ("fidelity", "student_to_teacher", "text_to_image"):
+        for name, figure in found[group].items():
+            if isinstance(figure, dict):
+                ends = [figure[k] for k in ("value", "low", "high", "floor", "ceiling")]
+                row = r"\D*?".join(re.escape(f"{abs(value):.3f}") for value in ends)
+                assert re.search(rf"{group} {re.escape(name)}\D.*?{row}", page.text, re.DOTALL), (
+                    name
+                )
+
+
+def test_every_picture_is_inside_and_whole(page):
+    sources = [image["src"] for image in page.all("img")]
+    sources += [source["srcset"] for source in page.all("source")]
+    assert len(sources) > 30
+    for source in sources:
+        kind, encoded = source.split(",", 1)
+        assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            image.load()
+
+
+def test_every_picture_says_its_numbers(page):
+    for image in page.all("img"):
+        assert len(image["alt"]) > 10
+        assert re.search(r"\d", image["alt"]), image["alt"]
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    assert not page.all("script") and not page.all("iframe") and not page.all("object")
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), attributes
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_keyboard_and_screen_reader_find_their_way(page):
+    assert page.all("html") == [{"lang": "en"}]
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    links = [link["href"][1:] for link in page.all("a")]
+    assert links[0] == "main" and set(links) <= ids
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all("scope" in cell for cell in page.all("th"))
+
+
+def test_a_prompt_that_was_never_embedded_says_so(page):
+    assert "never embedded" in page.text
+    assert "This text has no stored embedding" in page.text
+
+
+def test_the_search_shows_the_best_image_of_each_side(page, write, data):
+    from pipeline.evaluation.search import search
+
+    hits = search(data, Queries(data).text("a red circle"), 1)
+    for by, (hit,) in (("student", hits.student), ("teacher", hits.teacher)):
+        assert any(
+            image["alt"] == f"Number 1 by the {by}, cosine {hit.score:.3f}: {hit.caption}"
+            for image in page.all("img")
+        )
+
+
+def test_the_same_inputs_give_the_same_bytes(write, file, tmp_path):
+    write(tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == file.read_bytes()
+
+
+def test_captions_of_strangers_stay_text(write, tmp_path, monkeypatch):
+    evil = "<script>alert(1)</script>\"'>"
+    tile = Tile("data:image/png;base64,", f"{evil} 1", evil)
+    groups = [{"title": evil, "tiles": [tile]}]
+    monkeypatch.setattr("pipeline.evaluation.inspection.patch_groups", lambda *_: groups)
+    write(tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html and "&lt;script&gt;" in html
+
+
+def test_the_report_command_adds_the_teachers_attention_and_throughput(data, small_world, tmp_path):
+    from pipeline.evaluation.teacher_patches import row_view
+
+    teacher = Queries(data, small_world.card).teacher
+    out = tmp_path / "report.html"
+    report(data, out, seeing.evaluate_config(), partial(row_view, teacher), ["a note"])
+    page = Page(out.read_text())
+    assert any("Teacher's attention" in image["alt"] for image in page.all("img"))
+    assert any("images per second" in image["alt"] for image in page.all("img"))
+    assert "a note" in page.text
+
+
+def test_a_curve_is_drawn_from_the_log(page):
+    alts = [image["alt"] for image in page.all("img")]
+    (cosine,) = [alt for alt in alts if alt.startswith("Cosine to the teacher, validation split")]
+    assert "val_floor" in cosine and "over 4 steps" in cosine
+
+
+def test_a_mosaic_keeps_every_tile():
+    tiles = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
+    sheet = charts.mosaic(tiles, 2)
+    assert sheet.shape == (8, 7, 3)
+    assert sheet[0, 0, 0] == 0 and sheet[0, 4, 0] == 1 and sheet[3, 0, 0] == 2
+    assert sheet[6, 4, 0] == 255  # no sixth tile
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1000, False), (390, True)])
+def test_a_browser_opens_the_report_without_a_word(file, tmp_path, width, dark):
+    with browser.chromium(tmp_path, width=width, dark=dark) as driver:
+        driver.get(file.as_uri())
+        assert browser.complaints(driver) == []
+        assert browser.requests(driver) == [file.as_uri()]
+        assert not browser.too_wide(driver)
+        unseen = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+        assert driver.execute_script(unseen) == 0
+        paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert json.loads(f"[{paper[4:-1]}]") == ([21, 24, 29] if dark else [255, 255, 255])

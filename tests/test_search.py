@@ -1,0 +1,208 @@
+"""Searching the collection: the right image wins, by each side, and mistakes are told apart."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import seeing
+import worlds
+from PIL import Image
+
+from pipeline.core.errors import PipelineError
+from pipeline.evaluation.queries import Queries
+from pipeline.evaluation.search import (
+    Collection,
+    Query,
+    hits_text,
+    nearest,
+    search,
+    search_figure,
+)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory) -> Collection:
+    data = tmp_path_factory.mktemp("handmade")
+    return Collection(data, seeing.handmade(data))
+
+
+@pytest.fixture(scope="module")
+def data(small_world, tmp_path_factory):
+    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+
+
+def named(hits) -> list[str]:
+    return [hit.image_id for hit in hits]
+
+
+def test_each_side_ranks_by_its_own_vectors(collection):
+    hits = collection.search(Queries(collection.data).text("apple"), 1)
+    assert named(hits.teacher) == ["apple"]
+    assert named(hits.student) == ["bread"]  # which the student takes for an apple
+    assert hits.teacher[0].score == pytest.approx(1)
+    assert hits.teacher[0].caption == "a picture of apple"
+    assert hits.teacher[0].url == "file:apple.jpg"
+
+
+def test_a_repeated_url_does_not_hide_the_image(collection):
+    """Image apple has a second row, without bytes."""
+    hits = collection.search(Queries(collection.data).text("apple"), 4)
+    assert all(hit.jpg for hit in [*hits.student, *hits.teacher])
+
+
+def test_scores_fall_and_are_cosines(collection):
+    vector = np.array([0.1, 0.7, 0.5, 0.5], np.float32)
+    hits = collection.search(Query("mixture", vector, vector), 4)
+    assert [hit.score for hit in hits.teacher] == pytest.approx([0.7, 0.5, 0.5, 0.1])
+    assert named(hits.teacher) == ["bread", "cloud", "door", "apple"]  # a tie goes by image_id
+
+
+def test_asking_for_more_than_there_are_gives_all_and_says_so(collection):
+    hits = collection.search(Queries(collection.data).text("door"), 9)
+    assert len(hits.student) == len(hits.teacher) == 4
+    assert hits.notes == ["9 images were asked for; the collection holds 4."]
+
+
+def test_no_image_at_all_is_no_search(collection):
+    with pytest.raises(PipelineError, match="at least one image"):
+        collection.search(Queries(collection.data).text("door"), 0)
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 60])
+def test_nearest_agrees_with_a_full_sort(k):
+    random = np.random.default_rng(0)
+    vectors = random.integers(-2, 3, (50, 3)).astype(np.float32)  # many ties
+    query = np.array([1, 2, -1], np.float32)
+    rows, scores = nearest(vectors, query, k)
+    expected = sorted(range(50), key=lambda i: (-(vectors[i] @ query), i))[:k]
+    assert rows.tolist() == expected
+    np.testing.assert_array_equal(scores, vectors[expected] @ query)
+
+
+def test_spaces_around_a_stored_text_do_not_matter(collection):
+    query = Queries(collection.data).text("  door \n")
+    assert query.student.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+def test_an_empty_text_is_refused(collection, text):
+    with pytest.raises(PipelineError, match="the text is empty"):
+        Queries(collection.data).text(text)
+
+
+@pytest.mark.parametrize("text", ["doors", "🦀", "door " * 10_000])
+def test_an_unknown_text_without_a_teacher_names_stored_ones(collection, text):
+    with pytest.raises(PipelineError, match=r"no stored embedding .* door") as raised:
+        Queries(collection.data).text(text)
+    assert len(str(raised.value)) < 500
+
+
+def test_the_table_holds_one_line_a_hit(collection):
+    lines = hits_text(collection.search(Queries(collection.data).text("cloud"), 2), "table")
+    header, *rows = lines.splitlines()
+    assert header.split() == ["by", "rank", "score", "image_id", "caption", "url"]
+    assert [row.split()[:2] for row in rows] == [
+        ["student", "1"], ["student", "2"], ["teacher", "1"], ["teacher", "2"],
+    ]  # fmt: skip
+
+
+def test_json_and_csv_hold_the_same_hits(collection):
+    hits = collection.search(Queries(collection.data).text("cloud"), 2)
+    parsed = json.loads(hits_text(hits, "json"))
+    assert parsed["query"] == "cloud" and parsed["collection"] == 4
+    rows = list(csv.DictReader(io.StringIO(hits_text(hits, "csv"))))
+    assert [{k: str(v) for k, v in row.items()} for row in parsed["hits"]] == rows
+
+
+def test_an_unknown_format_is_refused(collection):
+    hits = collection.search(Queries(collection.data).text("cloud"), 2)
+    with pytest.raises(PipelineError, match="--format xml: there are table, json, csv"):
+        hits_text(hits, "xml")
+
+
+def test_a_caption_cannot_steer_the_terminal(collection):
+    hits = collection.search(Queries(collection.data).text("cloud"), 1)
+    evil = hits.student[0].__class__(1, 0.5, "x", "\x1b[31mred\nnew line", "file:x", b"")
+    table = hits_text(hits.__class__("t", 1, [evil], [evil], []), "table")
+    assert "\x1b" not in table and len(table.splitlines()) == 3
+
+
+def test_the_figure_is_a_png_and_the_same_every_time(collection, tmp_path):
+    hits = collection.search(Queries(collection.data).text("cloud"), 3)
+    for name in ("a.png", "b.png"):
+        search_figure(hits, tmp_path / name)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and "Software" not in image.info
+        assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 20  # not empty
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_searching_needs_a_student_and_its_index(small_world, data, tmp_path):
+    query = Query("x", np.zeros(32), np.zeros(32))
+    with pytest.raises(PipelineError, match="Run `pipeline distill` first"):
+        search(small_world.data, query, 3)
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.rmtree(copy / "evaluation")
+    with pytest.raises(PipelineError, match="Run `pipeline evaluate` first"):
+        search(copy, query, 3)
+
+
+def test_an_index_of_another_student_is_refused(data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    stamp = json.loads((copy / "student/stamp.json").read_text())
+    stamp["files"]["model.safetensors"]["sha256"] = "0" * 32
+    (copy / "student/stamp.json").unlink()  # a hard link may lead elsewhere
+    (copy / "student/stamp.json").write_text(json.dumps(stamp))
+    with pytest.raises(PipelineError, match="another student"):
+        search(copy, Query("x", np.zeros(32), np.zeros(32)), 3)
+
+
+def test_the_text_tower_answers_what_is_not_stored(data, small_world):
+    queries = Queries(data, small_world.card)
+    stored, fresh = queries.text("a red circle"), queries.text("a red circle!")
+    assert "teacher" in vars(queries)  # loaded by the second one
+    assert stored.student @ fresh.student > 0.5
+    assert fresh.student @ fresh.student == pytest.approx(1, abs=1e-5)
+
+
+def test_the_text_tower_and_the_store_agree(data, small_world):
+    queries = Queries(data, small_world.card)
+    direct = queries.teacher.embed_texts(["a red circle"])[0]
+    np.testing.assert_allclose(queries.text("a red circle").teacher, direct, atol=2e-3)
+
+
+def test_a_text_that_is_too_long_is_cut_with_a_note(data, small_world):
+    queries = Queries(data, small_world.card)
+    assert queries.text("word " * 500).notes == ["Only the first 16 tokens of the text count."]
+    assert queries.text("🦀 crab").notes == []
+
+
+def test_a_text_without_tokens_is_refused(data, small_world):
+    with pytest.raises(PipelineError, match="no token"):
+        Queries(data, small_world.card).text("&nbsp;")
+
+
+def test_an_image_finds_itself_by_both(data, small_world):
+    query = Queries(data, small_world.card).image(small_world.root / "7.jpg")
+    hits = search(data, query, 1)
+    for side in (hits.student, hits.teacher):
+        assert side[0].url == "file:7.jpg"
+        assert side[0].score > 0.999
+
+
+def test_without_the_teacher_the_students_vector_asks_both(data, small_world):
+    query = Queries(data).image(small_world.root / "7.jpg")
+    np.testing.assert_array_equal(query.student, query.teacher)
+    assert "no teacher card was named" in query.notes[0]
+    assert search(data, query, 1).student[0].url == "file:7.jpg"
+
+
+def test_another_teachers_card_is_refused(data, tmp_path):
+    card = worlds.write_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(PipelineError, match="is not the teacher of data/teacher"):
+        Queries(data, card).text("something new")

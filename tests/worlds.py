@@ -1,0 +1,142 @@
+"""Small worlds for tests: pictures, manifests, parameters, and a real open_clip teacher of random
+weights that fits into a few megabytes. `small_world` in conftest.py puts them together.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from pipeline.core.config import DownloadConfig, SelectConfig, TeacherEmbedConfig
+
+EMBEDDING_SIZE, IMAGE_SIZE = 32, 32
+
+
+def picture(seed: int, width: int = 48, height: int = 40, kind: str = "PNG", **options) -> bytes:
+    """A smooth random picture: a function of its arguments."""
+    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    image = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_manifest(path: Path, rows: list[dict]) -> Path:
+    """Rows (url and other columns; the first row names them all) as a CSV manifest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
+    values = {
+        "manifest": str(manifest),
+        "root": str(root),
+        "buckets": 3,
+        "image_size": IMAGE_SIZE,
+        "quality": 95,
+        "timeout": 5.0,
+        "retries": 0,
+        "max_bytes": 1_000_000,
+        "max_pixels": 1_000_000,
+        "max_redirects": 3,
+        "per_host": 8,
+        "allow": ["127.0.0.0/8"],
+        "robots": True,
+    }
+    return DownloadConfig(**values | changes)
+
+
+def teacher_config(card: Path, prompts: Path, **changes) -> TeacherEmbedConfig:
+    values = {
+        "card": str(card),
+        "views": 2,
+        "crop_area": [0.5, 1.0],
+        "crop_ratio": [0.75, 1.3333],
+        "seed": 0,
+        "dtype": "float32",
+        "batch": 8,
+        "prompts": str(prompts),
+    }
+    return TeacherEmbedConfig(**values | changes)
+
+
+def select_config(**changes) -> SelectConfig:
+    values = {"where": "true", "val": 0.2, "test": 0.3, "near_duplicates": 1.0}
+    return SelectConfig(**values | changes)
+
+
+def write_teacher(folder: Path, seed: int = 0) -> Path:
+    """A CLIP of 32 px, width 32, one layer a tower, random weights; returns its card."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.models import torchvision_guard  # noqa: F401
+
+    import open_clip  # isort: skip
+
+    model = {
+        "embed_dim": EMBEDDING_SIZE,
+        "vision_cfg": {
+            "image_size": IMAGE_SIZE,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": model, "preprocess_cfg": {"interpolation": "bicubic"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    weights = folder / "open_clip_model.safetensors"
+    save_file({k: v.clone() for k, v in open_clip.CLIP(**model).state_dict().items()}, weights)
+    card = {
+        "name": "tiny",
+        "model": "local-dir:.",
+        "pretrained": None,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "activation": "gelu",
+        "golden": None,
+    }
+    (folder / "card.yaml").write_text(yaml.safe_dump(card))
+    return folder / "card.yaml"
+
+
+@dataclass(frozen=True)
+class World:
+    """Pictures below root, their manifest, and data/ as download and teacher_embed left it."""
+
+    root: Path
+    manifest: Path
+    card: Path
+    prompts: Path
+    data: Path
+    rows: list[dict]
+
+
+def write_params(path: Path, **sections) -> Path:
+    """The demo's parameters with other sections (models) in their place."""
+    from pipeline.core.presets import write_preset
+
+    write_preset("demo", path, force=True)
+    values = yaml.safe_load(path.read_text())
+    values |= {name: section.model_dump() for name, section in sections.items()}
+    path.write_text(yaml.safe_dump(values))
+    return path
