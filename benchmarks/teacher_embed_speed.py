@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
+from worlds import photos, write_images
 
 from pipeline.core.config import load_section
 from pipeline.core.devices import pick_device, pick_dtype
 from pipeline.data import shards
-from pipeline.data.pixels import canonical_jpeg
 from pipeline.models import torchvision_guard  # noqa: F401
 from pipeline.models.cardwriter import write_card
 from pipeline.models.embedding import view_tables
@@ -48,7 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         jpgs = photos(args.photos, args.images)
-        shard = write_images(folder / "00000.parquet", jpgs)
+        shard = folder / "00000.parquet"
+        write_images(shard, jpgs)
         torch.manual_seed(0)
         model = open_clip.create_model(MODEL, load_weights=False)
         save_file(
@@ -104,40 +104,6 @@ def main() -> None:
         print(f"  {name:<10} {rate:8.1f} images/s")
     print(f"stage / bare forward pass: {median['stage'] / median['bare']:.2f}")
     print(f"stage / float32 reference loop: {median['stage'] / median['reference']:.2f}")
-
-
-def photos(folder: Path | None, count: int) -> list[bytes]:
-    """Stored JPEGs of a folder's images, or of drawn ones: smooth shapes with some grain."""
-    if folder:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg"))[
-            :count
-        ]
-        return [canonical_jpeg(path.read_bytes(), 256, 95, 10**8)[0] for path in files]
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((341, 256))
-        grain = rng.normal(0, 8, (256, 341, 3))
-        out = io.BytesIO()
-        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
-            out, "JPEG"
-        )
-        found.append(out.getvalue())
-    return found
-
-
-def write_images(path: Path, jpgs: list[bytes]) -> Path:
-    rows = []
-    for i, jpg in enumerate(jpgs):
-        width, height = Image.open(io.BytesIO(jpg)).size
-        name = f"{i:032x}"
-        rows.append(
-            {"row_id": name, "image_id": name, "status": "ok", "sha256": name * 2, "jpg": jpg,
-             "width": width, "height": height}
-        )  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=shards.IMAGES)
-    shards.write_shard(path, shards.IMAGES, shards.in_groups(table), {})
-    return path
 
 
 if __name__ == "__main__":

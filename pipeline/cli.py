@@ -29,6 +29,9 @@ Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Data = Annotated[Path, typer.Option("--data", help="Folder of all results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ... Changes speed.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
+Card = Annotated[
+    Path | None, typer.Option(help="Teacher card; that of the parameters if not given.")
+]
 PARAMS, DATA = Path("params.yaml"), Path("data")
 
 
@@ -154,6 +157,91 @@ def query(
     print_answer(data, sql, format)
 
 
+@app.command(rich_help_panel=LOOK)
+def search(
+    text: Annotated[str | None, typer.Argument(help="What the images should show.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Search with an image file instead.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Images by each side.")] = 8,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("search.png"),
+    format: Annotated[str, typer.Option(help="table, json or csv.")] = "table",
+    card: Card = None,
+    params: Params = PARAMS,
+    data: Data = DATA,
+) -> None:
+    """Find the best images for a text or an image, by student and by teacher."""
+    from pipeline.evaluation.queries import Queries
+    from pipeline.evaluation.search import Collection, hits_text, search_figure
+
+    if (text is None) == (image is None):
+        raise PipelineError("search with a text or with --image FILE: one of the two.")
+    collection, queries = Collection(data), Queries(data, _card(card, params))
+    hits = collection.search(queries.text(text) if image is None else queries.image(image), k)
+    typer.echo(hits_text(hits, format))
+    search_figure(hits, out)
+    for line in [*hits.notes, f"{out} written"]:
+        typer.echo(line, err=True)
+
+
+@app.command(rich_help_panel=LOOK)
+def look(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts, a map each.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("look.png"),
+    card: Card = None,
+    params: Params = PARAMS,
+    data: Data = DATA,
+) -> None:
+    """Draw which patches of an image count, and where each text is in it."""
+    from pipeline.evaluation.look import look as run
+    from pipeline.evaluation.look import look_figure
+    from pipeline.evaluation.queries import Queries
+
+    seen = run(Queries(data, _card(card, params)), image, prompts or [])
+    look_figure(seen, out)
+    for line in [*seen.notes, f"{out} written"]:
+        typer.echo(line, err=True)
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    out: Annotated[Path, typer.Argument(help="HTML file to write.")] = Path("report.html"),
+    card: Card = None,
+    params: Params = PARAMS,
+    data: Data = DATA,
+) -> None:
+    """Write the report again, with the teacher's attention and the speed of every run."""
+    from functools import partial
+
+    from pipeline.core.config import load_section
+    from pipeline.evaluation.queries import Queries
+    from pipeline.evaluation.report import report as run
+
+    queries, notes, by_teacher = Queries(data, _card(card, params)), [], None
+    if queries.teacher is None:
+        notes.append(f"The teacher's attention: {queries.no_teacher}")
+    else:
+        from pipeline.evaluation.teacher_patches import row_view
+
+        by_teacher = partial(row_view, queries.teacher)
+    run(data, out, load_section(params, "evaluate"), by_teacher, notes)
+    typer.echo(f"{out} written")
+
+
+@app.command(rich_help_panel=LOOK)
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    public: Annotated[bool, typer.Option("--public", help="Let other machines in.")] = False,
+    card: Card = None,
+    params: Params = PARAMS,
+    data: Data = DATA,
+) -> None:
+    """Search in the browser: results by student and teacher, and a map for each image."""
+    from pipeline.evaluation.serve import serve as run
+
+    run(data, _card(card, params), host, port, public=public, announce=typer.echo)
+
+
 @imports.command("folder")
 def import_folder(
     folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders become labels.")],
@@ -208,6 +296,15 @@ def export(
     from pipeline.models.export import export_student
 
     typer.echo(export_student(data / "student", out, int8=int8))
+
+
+def _card(card: Path | None, params: Path) -> Path | None:
+    """The card that was named, else the parameters'."""
+    from pipeline.core.config import load_section
+
+    if card is None and params.is_file():
+        return Path(load_section(params, "teacher_embed").card)
+    return card
 
 
 def _report(stage: str, counts: dict, out: Path) -> None:

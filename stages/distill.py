@@ -97,8 +97,9 @@ def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, 
         trainer.restore(work.folder / CHECKPOINT)
     began, first_step = time.monotonic(), trainer.step
     steps = training_batches(
-        epochs, trainer.step, config.steps, workers=workers, rank=ranks.rank, ranks=ranks.size
-    )
+        epochs, trainer.step, config.steps, workers=workers, rank=ranks.rank, ranks=ranks.size,
+        jitter=config.jitter,
+    )  # fmt: skip
     with tqdm(
         total=config.steps * config.batch, initial=trainer.step * config.batch, unit="image",
         desc=STAGE, disable=not ranks.first, smoothing=0.05,

@@ -119,7 +119,7 @@ def _fill(work, config, lists, processes, threads, retry) -> None:
             name = f"{raw.stem}.parquet"
             rows = pq.read_table(by_name[name]).to_pylist()
             known = _known(work, name, config, rows, retry)
-            _, earlier = _earlier(work, name, retry)
+            _, earlier = _earlier(work, name, config, retry)
             fetched = dict(_fetched(raw, wanted / name, earlier))
             _commit(work, config, by_name[name], rows, known | fetched)
             bar.update(len(fetched))
@@ -130,31 +130,32 @@ def _has_image(row: dict) -> bool:
     return bool(row["url"].strip()) and row["occurrence"] == 0
 
 
-def _earlier(work: Work, name: str, retry: bool) -> tuple[dict, dict[str, dict]]:
-    """Provenance and facts by image_id of the shard that an earlier run left, if any."""
-    folders = [work.folder, *work.earlier()] if retry else work.earlier()
-    source = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if source is None:
-        return {}, {}
-    rows = shards.read_shard(source, STAGE, ["image_id", *IMAGE_FACTS]).to_pylist()
-    asked = [row for row in rows if row["attempts"]]
-    return shards.provenance(source, STAGE), {row.pop("image_id"): row for row in asked}
+def _earlier(work: Work, name: str, config, retry: bool) -> tuple[dict, dict[str, dict]]:
+    """Provenance and facts by image_id of the last earlier shard with the same kind of pixels."""
+    for folder in [work.folder, *work.earlier()] if retry else work.earlier():
+        if (folder / name).is_file():
+            made = shards.provenance(folder / name, STAGE)
+            if made["pixels"] == _pixels_recipe(config):
+                columns = ["image_id", *IMAGE_FACTS]
+                rows = shards.read_shard(folder / name, STAGE, columns).to_pylist()
+                return made, {row.pop("image_id"): row for row in rows if row["attempts"]}
+    return {}, {}
 
 
 def _known(work: Work, name: str, config, rows: list[dict], retry: bool) -> dict[str, dict]:
     """Facts about images, by image_id, that an earlier shard holds and that are still true."""
-    made, earlier = _earlier(work, name, retry)
-    if not earlier or made["pixels"] != _pixels_recipe(config):
-        return {}
-    same_rules = made["rules"] == _rules_recipe(config)
-    content = {row["image_id"]: row["content"] for row in rows if row["occurrence"] == 0}
+    made, earlier = _earlier(work, name, config, retry)
+    same_rules = made.get("rules") == _rules_recipe(config)
 
-    def still_true(key: str, facts: dict) -> bool:
+    def still_true(row: dict) -> bool:
+        facts = earlier[row["image_id"]]
         if facts["status"] == "ok":
-            return content.get(key) in (None, facts["sha256_original"])
-        return same_rules and facts["status"] not in RETRYABLE and content.get(key) is None
+            local = row["url"][:5].lower() == "file:"
+            return not local or row["content"] == facts["sha256_original"]
+        return same_rules and facts["status"] not in RETRYABLE and row["content"] is None
 
-    return {key: facts for key, facts in earlier.items() if still_true(key, facts)}
+    asked = (row for row in rows if row["occurrence"] == 0 and row["image_id"] in earlier)
+    return {row["image_id"]: earlier[row["image_id"]] for row in asked if still_true(row)}
 
 
 def _fetched(raw: Path, wanted: Path, earlier: dict[str, dict]) -> Iterator[tuple[str, dict]]:
@@ -162,8 +163,9 @@ def _fetched(raw: Path, wanted: Path, earlier: dict[str, dict]) -> Iterator[tupl
     rows = {row["image_id"]: row for row in pq.read_table(raw).to_pylist()}
     for key in pq.read_table(wanted)["image_id"].to_pylist():
         row = rows.get(key, {"status": None, "error_message": "lost: no row came back"})
-        before = earlier[key]["attempts"] if key in earlier else 0
-        facts = NO_IMAGE | {"attempts": before + 1}
+        before = earlier.get(key, NO_IMAGE)  # what changed or has other rules begins anew
+        tried = before["attempts"] if before["status"] in RETRYABLE else 0
+        facts = NO_IMAGE | {"attempts": tried + 1}
         if row["status"] == "success":
             facts |= {
                 "status": "ok",

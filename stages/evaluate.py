@@ -1,4 +1,4 @@
-"""data/student + stored teacher vectors -> data/evaluation: figures, index, plots.
+"""data/student + stored teacher vectors -> data/evaluation: figures, index, plots, report.
 
 Run:   pipeline evaluate
 Cost:  the student's forward pass over all kept images, once; the teacher's weights are not needed.
@@ -24,6 +24,8 @@ from pipeline.data.runs import append_run
 from pipeline.data.targets import split_vectors, text_vectors, training_mean
 from pipeline.evaluation import metrics
 from pipeline.evaluation.grounding import pointing_figures
+from pipeline.evaluation.report import NAME as REPORT
+from pipeline.evaluation.report import write_report
 from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
 
@@ -48,8 +50,13 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
             figures = _figures(work, config, data, student, workers)
             write_json(work.folder / METRICS, figures)
             work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
+            report = partial(
+                write_report, data=data, student=student, index=work.folder / "index",
+                found=figures, config=config,
+            )  # fmt: skip
+            work.commit(REPORT, report)
             index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
-            work.publish([METRICS, RETRIEVAL, *index], figures)
+            work.publish([METRICS, RETRIEVAL, REPORT, *index], figures)
             append_run(
                 data, STAGE, work.stamp, recipe, _flat(figures), str(target), began, embedded
             )

@@ -37,6 +37,7 @@ def chromium(profile: Path, *, width: int = 1000, dark: bool = False) -> Iterato
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        driver.implicitly_wait(10)  # s, for what a click brings
         driver.get("about:blank")
         driver.get_log("performance")  # the browser's own start page
         yield driver
@@ -64,14 +65,6 @@ def too_wide(driver) -> bool:
     return driver.execute_script(
         "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
     )
-
-
-def screenshot(driver, file: Path) -> None:
-    """The whole page as PNG."""
-    import base64
-
-    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-    file.write_bytes(base64.b64decode(shot["data"]))
 
 
 def _selenium():

@@ -6,6 +6,7 @@ import json
 import re
 from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import browser
@@ -33,6 +34,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.text += " "  # between cells
 
     def handle_data(self, data):
         self.text += data
@@ -129,7 +131,7 @@ def test_keyboard_and_screen_reader_find_their_way(page):
     assert links[0] == "main" and set(links) <= ids
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
     assert len(page.all("caption")) == len(page.all("table"))
     assert all("scope" in cell for cell in page.all("th"))
 

@@ -71,6 +71,13 @@ def test_no_image_at_all_is_no_search(collection):
         collection.search(Queries(collection.data).text("door"), 0)
 
 
+def test_only_what_is_drawn_is_read(data, tmp_path):
+    hits = search(data, Queries(data).text("a red circle"), 40)
+    assert all(hit.jpg for hit in [*hits.student[:12], *hits.teacher[:12]])
+    assert not all(hit.jpg for hit in hits.student)
+    search_figure(hits, tmp_path / "hits.png")
+
+
 @pytest.mark.parametrize("k", [1, 7, 50, 60])
 def test_nearest_agrees_with_a_full_sort(k):
     random = np.random.default_rng(0)

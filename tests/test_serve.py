@@ -145,9 +145,11 @@ def test_typing_searching_and_clicking_in_a_browser(site, tmp_path, width):
         assert sides == ["by student", "by teacher"]
         assert not browser.too_wide(driver)
         driver.find_element("css selector", "ol a").click()
-        shown = "const m = document.querySelector('#map'); return m.complete ? m.naturalWidth : 0"
-        assert driver.execute_script(shown) == 320
-        assert "a red circle" in driver.find_element("id", "map").get_attribute("alt")
+        alt = driver.find_element("id", "map").get_attribute("alt")
+        assert "a red circle" in alt
+        shown = "const map = document.querySelector('#map'), done = arguments[0];"
+        shown += "map.decode().then(() => done(map.naturalWidth), () => done(0))"
+        assert driver.execute_async_script(shown) == 320
         assert not browser.too_wide(driver)
         assert browser.complaints(driver) == []
         assert all(url.startswith(site) for url in browser.requests(driver))

@@ -143,6 +143,9 @@ class DistillConfig(Strict):
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
     noise: Fraction  # photometric noise for the student alone: brightness and contrast
+    jitter: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of a view shown; 1 = all of it
+    mixup: Weight = 0.0  # Beta parameter of overlaying pairs of images and targets; 0 = off
+    smooth_stem: Count = 0  # lowest frequencies of a fixed patch projection; 0 = it is learned
     steps: Positive
     batch: Positive  # images a step, over all ranks
     learning_rate: PositiveFloat
@@ -155,6 +158,15 @@ class DistillConfig(Strict):
     validate_every: Positive  # steps; also when a checkpoint is written
     window: Positive  # row groups that are shuffled together
     seed: Seed
+
+    @model_validator(mode="after")
+    def _the_stem_fits_a_patch(self):
+        if self.smooth_stem > self.student.patch_size:
+            raise ValueError(
+                f"smooth_stem {self.smooth_stem} is more than student.patch_size "
+                f"{self.student.patch_size}: a patch has no more frequencies"
+            )
+        return self
 
 
 class EvaluateConfig(Strict):

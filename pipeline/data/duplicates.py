@@ -39,8 +39,10 @@ def near_duplicate_groups(teacher: Path, threshold: float) -> list[list[str]]:
 
 def _canonical(path: Path) -> tuple[list[str], np.ndarray]:
     """image_ids and (n, E) unit embeddings of view 0, which comes first in a shard."""
-    ids, matrices = [], [np.zeros((0, 1), np.float32)]
+    ids = []
     with open_shard(path, "teacher-embed") as file:
+        size = file.schema_arrow.field("embedding").type.list_size
+        matrices = [np.zeros((0, size), np.float32)]  # of a shard without a good image
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["image_id", "view", "embedding"])
             if table.num_rows and table["view"][0].as_py() > 0:
@@ -48,4 +50,4 @@ def _canonical(path: Path) -> tuple[list[str], np.ndarray]:
             if table.num_rows:
                 ids += table["image_id"].to_pylist()
                 matrices.append(embedding_matrix(table["embedding"]))
-    return ids, np.concatenate(matrices[1:]) if ids else matrices[0]
+    return ids, np.concatenate(matrices)

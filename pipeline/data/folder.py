@@ -18,8 +18,8 @@ def write_folder_manifest(folder: Path, out: Path) -> int:
     """One row per image file below folder, sorted by path; returns how many.
 
     A file's label is the subfolder it lies in (null at the top), its caption the text file of the
-    same name beside it, where there is one. Raises PipelineError: no folder, no images, a
-    manifest of another kind or in the way.
+    same name beside it, where there is one. Raises PipelineError: no folder, no images, a name or
+    caption that is not UTF-8, a manifest of another kind or in the way.
     """
     if not folder.is_dir():
         raise PipelineError(f"{folder} is no folder.")
@@ -27,7 +27,7 @@ def write_folder_manifest(folder: Path, out: Path) -> int:
         raise PipelineError(f"{out}: name a manifest .csv or .parquet.")
     if out.exists():
         raise PipelineError(f"{out} exists. Remove it, or name another --out.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise PipelineError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
     rows = [_row(path, folder) for path in files]
@@ -38,11 +38,14 @@ def write_folder_manifest(folder: Path, out: Path) -> int:
 def _row(path: Path, folder: Path) -> dict:
     inside = path.relative_to(folder)
     text = path.with_suffix(".txt")
-    return {
-        "url": f"file:{quote(inside.as_posix())}",
-        "caption": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
-        "label": inside.parent.as_posix() if inside.parent.parts else None,
-    }
+    try:
+        return {
+            "url": f"file:{quote(inside.as_posix())}",
+            "caption": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+            "label": inside.parent.as_posix() if inside.parent.parts else None,
+        }
+    except UnicodeError as error:
+        raise PipelineError(f"{path}: its name or caption is not UTF-8 ({error}).") from None
 
 
 def _write(rows: list[dict], suffix: str, path: Path) -> None:

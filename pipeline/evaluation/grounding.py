@@ -23,6 +23,10 @@ def pointing_figures(
 ) -> dict[str, dict]:
     """Pointing accuracy and energy in the box over a split, or {} where it has no boxes.
 
+    Twice: by the plain cosine of patch and text, and centred, by what tells the text apart from the
+    mean of the stored prompts and box texts. All texts of a teacher share most of their direction,
+    which says nothing of where a thing is.
+
     Each beside the boxes' area share (what a random patch gets) as floor, and pointing beside
     always answering the centre. The boxes' texts were embedded by the teacher's text tower.
     """
@@ -34,7 +38,8 @@ def pointing_figures(
     texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
     vector_of = dict(zip(texts, vectors, strict=True))
     rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
-    found: list[dict] = []
+    found: dict[str, list[dict]] = {"pointing": [], "pointing_centred": []}
+    mean = vectors.mean(axis=0)
     for seen in batches_of(rows, range(len(rows)), batch, workers=workers):
         patches = _patches(student, seen.pixels)  # (b, N, E)
         for key, image_patches in zip(seen.ids, patches, strict=True):
@@ -43,23 +48,22 @@ def pointing_figures(
                 prompts = np.stack([vector_of[box["text"]] for box in named])  # (r, E)
                 centres = patch_centres(student.config.grid, views[key])
                 corners = np.array([[box[c] for c in ("x0", "y0", "x1", "y1")] for box in named])
-                found.append(
-                    metrics.pointing(
-                        prompts @ image_patches.T,
-                        np.broadcast_to(centres, (len(named), *centres.shape)),
-                        corners,
-                    )
-                )
-    if not found:
+                centres = np.broadcast_to(centres, (len(named), *centres.shape))
+                for name, asked in (("pointing", prompts), ("pointing_centred", prompts - mean)):
+                    activation = asked @ image_patches.T  # (r, N)
+                    found[name].append(metrics.pointing(activation, centres, corners))
+    if not found["pointing"]:
         return {}
-    rates = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    area = float(rates["area"].mean())
-    return {
-        "pairs": len(rates["hit"]),
-        "pointing": metrics.share_interval(rates["hit"])
-        | {"floor": area, "centre": float(rates["centre"].mean()), "ceiling": 1.0},
-        "energy": metrics.mean_interval(rates["energy"]) | {"floor": area, "ceiling": 1.0},
-    }
+    figures: dict = {}
+    for name, parts in found.items():
+        rates = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        area, centre = float(rates["area"].mean()), float(rates["centre"].mean())
+        ends = {"floor": area, "ceiling": 1.0}
+        figures["pairs"] = len(rates["hit"])
+        figures[name] = metrics.share_interval(rates["hit"]) | ends | {"centre": centre}
+        energy = name.replace("pointing", "energy")
+        figures[energy] = metrics.mean_interval(rates["energy"]) | ends
+    return figures
 
 
 def patch_centres(grid: int, view: list[float]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Texts and image files -> vectors to search and look with.
 
-A text that was embedded once (a prompt, a caption) costs nothing; another one needs the teacher's
-text tower, which is loaded only then.
+A text that was embedded once (a prompt, a caption) costs nothing, not even torch's import; another
+one needs the teacher's text tower, which is loaded only then.
 """
 
 import difflib
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp
@@ -18,11 +17,10 @@ from pipeline.data import ledger
 from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode, view_pixels
 from pipeline.data.targets import text_vectors
 from pipeline.data.views import canonical_view
-from pipeline.evaluation.patches import student_view
 from pipeline.evaluation.search import Query
-from pipeline.models.student import Student
 
 if TYPE_CHECKING:
+    from pipeline.models.student import Student
     from pipeline.models.teacher import Teacher
 
 TITLE = 80  # characters of a query that name it
@@ -40,8 +38,10 @@ class Queries:
         self.data, self.card = data, card
 
     @cached_property
-    def student(self) -> Student:
+    def student(self) -> "Student":
         """Raises PipelineError before `pipeline distill`."""
+        from pipeline.models.student import Student
+
         return Student.load(self.data / "student")
 
     @cached_property
@@ -53,6 +53,8 @@ class Queries:
         if self.card is None:
             self.no_teacher = "no teacher card was named (--card)."
             return None
+        import torch
+
         from pipeline.models.teacher import Teacher, teacher_recipe
 
         stored = read_stamp(self.data / "teacher", "teacher_embed")["recipe"]["teacher"]
@@ -86,7 +88,7 @@ class Queries:
                 f"{_short(text)!r} has no stored embedding and the teacher's text tower is not "
                 f"here: {self.no_teacher} Stored texts near it: {', '.join(self._near(text))}."
             )
-        words, nothing, longer = self.teacher._tokenize([text, "", text + PROBE])
+        words, nothing, longer = self.teacher.tokenize([text, "", text + PROBE])
         if words.equal(nothing):
             raise PipelineError(
                 f"{text!r} holds no token the teacher knows: write what the images should show."
@@ -103,6 +105,8 @@ class Queries:
         Without the teacher's weights the student's vector asks both sides. Raises PipelineError
         for a file that is no image, or one that is too large to decode.
         """
+        from pipeline.evaluation.patches import student_view
+
         image = read_image(self.data, file)
         pixels = self.view(image, self.student.config.image_size)
         mine = student_view(self.student, pixels).embedding

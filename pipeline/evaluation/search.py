@@ -21,7 +21,7 @@ from pipeline.data.targets import unit_rows
 from pipeline.evaluation import figures
 
 FORMATS = ("table", "json", "csv")
-DRAWN = 10  # images a row of the figure, at most
+DRAWN = 12  # hits a side whose pictures are read and drawn, at most
 WIDTH = 50  # characters of a cell in a table
 
 
@@ -44,7 +44,7 @@ class Hit:
     image_id: str
     caption: str | None
     url: str
-    jpg: bytes = field(repr=False)
+    jpg: bytes | None = field(repr=False)  # of the first DRAWN hits at least
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Collection:
     """
 
     def __init__(self, data: Path, index: Path | None = None):
-        self.data = data
+        self.data, self._connection = data, ledger.connect(data)
         if index is None:
             index = data / "evaluation" / "index"
             _check_index(data)
         shards.shard_paths(index, "evaluate")
         pattern = str(index.resolve() / "*.parquet")
-        parts = ledger.connect(data).sql(PAIRS, params=[pattern]).to_arrow_reader(10_000)
+        parts = self._connection.sql(PAIRS, params=[pattern]).to_arrow_reader(10_000)
         ids, found = [], {"student": [], "teacher": []}
         for batch in parts:
             ids += batch["image_id"].to_pylist()
@@ -111,8 +111,10 @@ class Collection:
             "student": nearest(self.student, query.student, k),
             "teacher": nearest(self.teacher, query.teacher, k),
         }
-        wanted = {self.ids[row] for rows, _ in best.values() for row in rows}
-        facts = image_facts(self.data, sorted(wanted))
+        wanted = [
+            {self.ids[row] for rows, _ in best.values() for row in rows[:n]} for n in (k, DRAWN)
+        ]
+        facts = self.facts(*map(sorted, wanted))
         hits = {
             by: [
                 Hit(rank, float(score), self.ids[row], *facts[self.ids[row]])
@@ -124,6 +126,14 @@ class Collection:
         if k > len(self):
             notes.append(f"{k} images were asked for; the collection holds {len(self)}.")
         return Hits(query.title, len(self), **hits, notes=notes)
+
+    def facts(self, ids: list[str], drawn: list[str]) -> dict[str, tuple]:
+        """image_id -> (caption, url, jpg or None) of the images with these ids.
+
+        drawn: those whose jpg is wanted. Any thread may ask.
+        """
+        found = self._connection.cursor().execute(FACTS, [drawn, ids]).fetchall()
+        return {key: tuple(facts) for key, *facts in found}
 
 
 def search(data: Path, query: Query, k: int) -> Hits:
@@ -142,12 +152,6 @@ def nearest(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray,
     rows = np.flatnonzero(scores >= least)
     rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
     return rows, scores[rows]
-
-
-def image_facts(data: Path, ids: list[str]) -> dict[str, tuple[str | None, str, bytes]]:
-    """image_id -> (caption, url, jpg) of the images with these ids."""
-    found = ledger.connect(data).execute(FACTS, [ids]).fetchall()
-    return {key: facts for key, *facts in found}
 
 
 def _check_index(data: Path) -> None:
@@ -178,7 +182,7 @@ def hits_text(hits: Hits, form: str) -> str:
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([*(line.rstrip() for line in lines), *hits.notes])
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(value) -> str:
@@ -211,7 +215,9 @@ PAIRS = """
 SELECT image_id, index.embedding AS student, teacher.embedding AS teacher
 FROM read_parquet(?) AS index JOIN teacher USING (image_id) WHERE view = 0
 """
+# A join with the ids would decode twice as much as a list that the reader can test row by row.
 FACTS = """
-SELECT image_id, caption, url, jpg FROM images
-WHERE status = 'ok' AND image_id IN (SELECT unnest(?))
+SELECT image_id, caption, url, CASE WHEN list_contains(?::VARCHAR[], image_id) THEN jpg END
+FROM images
+WHERE status = 'ok' AND list_contains(?::VARCHAR[], image_id)
 """

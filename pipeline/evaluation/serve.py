@@ -20,7 +20,7 @@ from pipeline.data.pixels import decode
 from pipeline.evaluation import figures
 from pipeline.evaluation.patches import PatchView, entropy, in_shares, student_view
 from pipeline.evaluation.queries import Queries
-from pipeline.evaluation.search import Collection, Hit, image_facts
+from pipeline.evaluation.search import Collection, Hit
 
 try:
     import uvicorn
@@ -153,7 +153,7 @@ class _Rooms:
     """What the pages show; one request at a time uses the networks."""
 
     def __init__(self, data: Path, card: Path | None):
-        self.data, self.queries, self.lock = data, Queries(data, card), threading.Lock()
+        self.queries, self.lock = Queries(data, card), threading.Lock()
         self.collection = Collection(data)
         self.known = set(self.collection.ids)
         self.queries.student  # noqa: B018  # a missing student is an error now, not at a click
@@ -169,7 +169,7 @@ class _Rooms:
     def jpg(self, image_id: str) -> bytes:
         if image_id not in self.known:
             raise PipelineError(f"no image {image_id} in the index.")
-        return image_facts(self.data, [image_id])[image_id][2]
+        return self.collection.facts([image_id], [image_id])[image_id][2]
 
     def look(self, image_id: str, text: str) -> dict:
         """The numbers beside the pictures of one image."""
@@ -177,7 +177,7 @@ class _Rooms:
         query = self._query(text)
         cosines = view.patches @ query.student
         row, column = np.unravel_index(cosines.argmax(), cosines.shape)
-        caption, url, _ = image_facts(self.data, [image_id])[image_id]
+        caption, url, _ = self.collection.facts([image_id], [])[image_id]
         return {
             "image_id": image_id,
             "caption": caption,

@@ -9,7 +9,7 @@ def figures_table(figures: dict) -> str:
             if isinstance(figure, dict):
                 interval = f"{figure['low']:.3f} - {figure['high']:.3f}"
                 ends = f"{figure['floor']:.3f}", f"{figure['ceiling']:.3f}"
-                title = name if name == group else f"{group} {name}"
+                title = name if name.startswith(group) else f"{group} {name}"
                 rows.append((title, f"{figure['value']:.3f}", interval, *ends))
                 if "centre" in figure:
                     centre = f"{figure['centre']:.3f}"

@@ -34,7 +34,7 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     hook = last.attn.register_forward_pre_hook(lambda _, tokens: seen.append(tokens))
     try:
         found = tower.forward_intermediates(
-            teacher.normalised(pixels[None]),
+            teacher.normalised(pixels[None].copy()),
             indices=1,
             normalize_intermediates=True,
             output_fmt="NLC",

@@ -36,7 +36,7 @@ class Teacher:
         self.device, self.dtype = device, torch.float32
         check_weights(self.card, card_path)
         self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
-        self._tokenize = open_clip.get_tokenizer(_model_name(self.card, card_path))
+        self.tokenize = open_clip.gettokenizer(_model_name(self.card, card_path))
         preprocess = self.model.visual.preprocess_cfg
         size = preprocess["size"]
         self.image_size = size if isinstance(size, int) else size[0]
@@ -94,7 +94,7 @@ class Teacher:
         A causal tower's answer is read at the end of the text and what follows cannot change it,
         so the padding behind `room` is not computed: most captions need 16 of CLIP's 77 places.
         """
-        tokens = self._tokenize(texts).to(self.device)  # (n, T)
+        tokens = self.tokenize(texts).to(self.device)  # (n, T)
         room = max(self._rooms(tokens).tolist())
         if room == tokens.shape[1]:
             return _unit(self.model.encode_text(tokens))
@@ -113,7 +113,7 @@ class Teacher:
         A function of the text alone; texts of one room are embedded together, so that a text's
         vector does not depend on its neighbours.
         """
-        return self._rooms(self._tokenize(texts)).tolist()
+        return self._rooms(self.tokenize(texts)).tolist()
 
     def _rooms(self, tokens: torch.Tensor) -> torch.Tensor:
         whole = tokens.shape[1]

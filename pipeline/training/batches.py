@@ -215,9 +215,19 @@ class Epochs:
 
 
 def training_batches(
-    epochs: Epochs, start: int, stop: int, *, workers: int, rank: int = 0, ranks: int = 1
+    epochs: Epochs,
+    start: int,
+    stop: int,
+    *,
+    workers: int,
+    rank: int = 0,
+    ranks: int = 1,
+    jitter: float = 1.0,
 ) -> Iterator[Batch]:
-    """Steps start..stop of a run; this rank's share of each, the same rows for any workers."""
+    """Steps start..stop of a run; this rank's share of each, the same rows for any workers.
+
+    jitter: least share of a view's area that is shown, as a function of seed, epoch and row.
+    """
     share = epochs.batch // ranks
 
     def wanted():
@@ -225,7 +235,10 @@ def training_batches(
             place = epochs.place(step)
             numbers = epochs.row_numbers(place)[rank * share : (rank + 1) * share]
             for position, row in enumerate(numbers, rank * share):
-                yield position, epochs.rows.read(int(row), place.epoch, epochs.seed)
+                found = epochs.rows.read(int(row), place.epoch, epochs.seed)
+                if jitter < 1:
+                    found |= _glimpse(found, jitter, epochs.seed, place.epoch, int(row))
+                yield position, found
 
     yield from _collected(epochs.rows, wanted(), share, workers)
 
@@ -234,6 +247,20 @@ def batches_of(rows: Rows, numbers: Iterable[int], batch: int, *, workers: int) 
     """The rows of these numbers at view 0 (rows must have been made with views=1), in order."""
     wanted = ((i, rows.read(int(row), 0, 0)) for i, row in enumerate(numbers))
     yield from _collected(rows, wanted, batch, workers)
+
+
+def _glimpse(row: dict, least: float, *place: int) -> dict:
+    """Part of a row's view: least to 1 of its area, in its shape, anywhere in it; a fair flip.
+
+    For targets of which only one view is stored. The target stays: it is right for the whole.
+    """
+    rng = np.random.default_rng(place)
+    left, top, right, bottom = row["box"]
+    side = rng.uniform(least, 1) ** 0.5
+    width, height = (right - left) * side, (bottom - top) * side
+    left, top = rng.uniform(left, right - width), rng.uniform(top, bottom - height)
+    flip = row["flip"] != (rng.random() < 0.5)
+    return {"box": (left, top, left + width, top + height), "flip": flip}
 
 
 def _collected(rows: Rows, wanted, size: int, workers: int) -> Iterator[Batch]:

@@ -33,9 +33,18 @@ class Trainer:
     given the same batches are equal to the last bit on the same machine.
     """
 
+    @torch.no_grad()
     def __init__(self, config: DistillConfig, student: Student, mean: np.ndarray, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.student = student.to(ranks.device).train()
+        if config.smooth_stem:
+            stem = student.conv1.weight.requires_grad_(False)  # (W, 3, p, p)
+            stem.copy_(smooth_filters(len(stem), stem.shape[-1], config.smooth_stem, config.seed))
+        if config.mixup and config.batch // ranks.size % 2:
+            raise PipelineError(
+                f"distill.mixup pairs images, and {config.batch // ranks.size} a rank is odd. "
+                "Choose another distill.batch."
+            )
         self.mean = torch.from_numpy(mean).to(ranks.device)  # (E,)
         self.average = {k: v.detach().clone() for k, v in self._named()} if config.ema else None
         decayed = [p for _, p in self._named() if p.ndim > 1]
@@ -60,12 +69,15 @@ class Trainer:
         ranks, config = self.ranks, self.config
         self._set_learning_rate()
         pixels = self._noisy(self.normalised(batch.pixels), batch.places)
+        targets = torch.from_numpy(batch.targets).to(ranks.device)
+        if config.mixup:
+            pixels, targets = self._mixed(pixels, targets, batch.places)
         with torch.autocast(
             ranks.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
         ):
             own = self.student.embeddings_for_loss(pixels)  # (T, b, E)
         student = ranks.gather(own.transpose(0, 1)).transpose(0, 1)  # (T, B, E)
-        target = ranks.gather(torch.from_numpy(batch.targets).to(ranks.device))
+        target = ranks.gather(targets)
         texts = ranks.gather(torch.from_numpy(batch.texts).to(ranks.device))
         if not len(target):
             raise PipelineError(
@@ -178,12 +190,52 @@ class Trainer:
         contrast, brightness = drawn[:, :1, None, None] + 1, drawn[:, 1:, None, None]
         return pixels * contrast + brightness
 
+    def _mixed(self, pixels: Tensor, targets: Tensor, places: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows overlaid with their neighbours of the step, and so their targets: mixup (Zhang et
+        al. 2018), whose shares, Beta(mixup, mixup), are a function of seed, step and place.
+
+        A row keeps the larger share of itself; one whose neighbour did not decode stays as it is.
+        """
+        config, neighbours = self.config, places ^ 1
+        drawn = np.random.default_rng([config.seed, self.step]).beta(
+            *2 * [config.mixup], config.batch
+        )
+        own = np.maximum(drawn, 1 - drawn)[places].astype(np.float32)
+        at = np.searchsorted(places, neighbours).clip(max=len(places) - 1)
+        at = torch.from_numpy(np.where(places[at] == neighbours, at, np.arange(len(places))))
+        at, own = at.to(pixels.device), torch.from_numpy(own).to(pixels.device)[:, None]
+        mixed = torch.lerp(pixels[at], pixels, own[..., None, None])
+        return mixed, F.normalize(torch.lerp(targets[at], targets, own), dim=1)
+
     @torch.no_grad()
     def _update_average(self) -> None:
         if self.average is not None:
             decay = min(self.config.ema, (self.step + 1) / (self.step + 10))  # soon near the start
             for name, parameter in self._named():
                 self.average[name].lerp_(parameter, 1 - decay)
+
+
+def smooth_filters(width: int, side: int, count: int, seed: int) -> Tensor:
+    """(W, 3, p, p) random patch filters of mean length 1 that see only smooth patterns.
+
+    They combine the products of cosines whose two frequencies add up to less than count, in
+    brightness and two opponent colours; what photos hold less of (amplitudes fall with frequency,
+    Field 1987; colour varies less than brightness, Ruderman et al. 1998) counts for more. From a
+    few hundred images a learned projection of p * p * 3 values learns noise.
+    """
+    x = (torch.arange(side) + 0.5) / side
+    waves = torch.cos(torch.pi * torch.arange(count)[:, None] * x)  # (count, p)
+    waves[1:] *= 2**0.5
+    across, down = (f.flatten() for f in torch.meshgrid(*2 * [torch.arange(count)], indexing="ij"))
+    kept = across + down < count
+    across, down = across[kept], down[kept]
+    patterns = waves[across][:, :, None] * waves[down][:, None] * (1 + across + down)[:, None, None]
+    opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+    opponent = F.normalize(opponent, dim=1) * torch.tensor([[1.0], [3.0], [3.0]])
+    basis = torch.einsum("fxy,oc->focxy", patterns, opponent).flatten(0, 1).flatten(1)
+    weights = torch.randn(width, len(basis), generator=torch.Generator().manual_seed(seed))
+    filters = weights @ basis  # (W, 3 p p)
+    return (filters / filters.norm(dim=1).mean()).view(width, 3, side, side)
 
 
 def write_log(path: Path, log: list[dict]) -> None:

@@ -1,0 +1,128 @@
+"""How fast training is fed: this loader, webdataset, Hugging Face datasets and bare JPEG decoding.
+
+Run:   pip install webdataset datasets && python benchmarks/loader_speed.py [--photos FOLDER]
+All four see the same JPEGs and, but for bare decoding, give 224 px crops with a flip in batches;
+as many workers each, in turn, several rounds in one run. Prints images/s and ratios of medians.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import simplejpeg
+from worlds import photos, write_data
+
+from pipeline.models import torchvision_guard  # noqa: F401
+from pipeline.training.batches import Epochs, Rows, training_batches
+
+import datasets  # isort: skip
+import webdataset  # isort: skip
+from PIL import Image  # isort: skip
+from torch.utils.data import DataLoader  # isort: skip
+from torchvision import transforms  # isort: skip
+
+SIZE, BATCH = 224, 64
+CROP = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(SIZE, (0.5, 1.0), interpolation=Image.Resampling.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
+    ]
+)
+
+
+def crop_sample(sample: tuple) -> tuple:
+    return (CROP(sample[0].convert("RGB")),)
+
+
+def crop_row(row: dict) -> dict:
+    return {"pixels": CROP(Image.open(io.BytesIO(row["jpg"])).convert("RGB"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of images; drawn where not given")
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "data"
+        jpgs = photos(args.photos, args.images)
+        write_data(data, jpgs, 512, len(jpgs) // 4)
+        tars = write_tars(Path(scratch), jpgs, len(jpgs) // 4)
+        steps = len(jpgs) // BATCH
+
+        def ours() -> int:
+            epochs = Epochs(Rows(data, "train", SIZE, "bicubic"), 0, BATCH, 16)
+            batches = training_batches(epochs, 0, steps, workers=args.workers)
+            return sum(len(batch.pixels) for batch in batches)
+
+        def webdataset_tars() -> int:
+            source = (
+                webdataset.WebDataset(tars, shardshuffle=len(tars), workersplitter=webdataset.split_by_worker)
+                .shuffle(1000)
+                .decode("pil")
+                .to_tuple("jpg")
+                .map(crop_sample)
+                .batched(BATCH, partial=True)
+            )
+            return counted(webdataset.WebLoader(source, batch_size=None, num_workers=args.workers))
+
+        def huggingface() -> int:
+            files = [str(path) for path in sorted((data / "images").glob("*.parquet"))]
+            source = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=True, columns=["jpg"],
+                cache_dir=scratch,
+            )  # fmt: skip
+            source = source.shuffle(seed=0, buffer_size=1000).map(crop_row, remove_columns=["jpg"])
+            return counted(DataLoader(source, batch_size=BATCH, num_workers=args.workers))
+
+        def bare_decoding() -> int:
+            with ThreadPoolExecutor(args.workers) as pool:
+                return sum(1 for _ in pool.map(simplejpeg.decode_jpeg, jpgs))
+
+        runs = (ours, webdataset_tars, huggingface, bare_decoding)
+        rates: dict = {run: [] for run in runs}
+        for _ in range(args.rounds):
+            for run in runs:
+                began = time.perf_counter()
+                count = run()
+                rates[run].append(count / (time.perf_counter() - began))
+    median = {run.__name__: statistics.median(found) for run, found in rates.items()}
+    print(f"{len(jpgs)} images, {args.workers} workers, batch {BATCH}, {SIZE} px, start-up included")
+    for name, rate in median.items():
+        print(f"  {name:<16} {rate:8.0f} images/s   ours / this: {median['ours'] / rate:.2f}")
+
+
+def counted(loader) -> int:
+    total = 0
+    for batch in islice(loader, 10**6):
+        pixels = batch["pixels"] if isinstance(batch, dict) else batch
+        total += len(pixels[0] if isinstance(pixels, tuple | list) else pixels)
+    return total
+
+
+def write_tars(folder: Path, jpgs: list[bytes], per_shard: int) -> list[str]:
+    paths = []
+    for shard, start in enumerate(range(0, len(jpgs), per_shard)):
+        path = folder / f"{shard:05}.tar"
+        with tarfile.open(path, "w") as tar:
+            for i, jpg in enumerate(jpgs[start : start + per_shard], start):
+                member = tarfile.TarInfo(f"{i:06}.jpg")
+                member.size = len(jpg)
+                tar.addfile(member, io.BytesIO(jpg))
+        paths.append(str(path))
+    return paths
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the benchmarks share: drawn photos and data/ folders made of them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.data import shards
+from pipeline.data.pixels import canonical_jpeg
+from pipeline.data.views import canonical_view
+
+
+def photos(folder: Path | None, count: int) -> list[bytes]:
+    """Stored JPEGs (shorter side at most 256 px) of a folder's images, or of drawn ones.
+
+    The drawn ones are smooth colours with some grain, 341 x 256 px, about 20 kB each.
+    """
+    if folder:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg"))
+        return [canonical_jpeg(path.read_bytes(), 256, 95, 10**8)[0] for path in files[:count]]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((341, 256))
+        grain = rng.normal(0, 8, (256, 341, 3))
+        out = io.BytesIO()
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG")
+        found.append(out.getvalue())
+    return found
+
+
+def write_images(path: Path, jpgs: list[bytes], first: int = 0) -> list[dict]:
+    """One image shard of these JPEGs; returns its rows without the bytes."""
+    rows = []
+    for i, jpg in enumerate(jpgs, first):
+        width, height = Image.open(io.BytesIO(jpg)).size
+        name = f"{i:032x}"
+        rows.append(
+            {"row_id": name, "image_id": name, "url": name, "status": "ok", "attempts": 1,
+             "sha256": name * 2, "sha256_original": name * 2, "width": width, "height": height,
+             "jpg": jpg}
+        )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=shards.IMAGES)
+    shards.write_shard(path, shards.IMAGES, shards.in_groups(table), {})
+    return [{k: v for k, v in row.items() if k != "jpg"} for row in rows]
+
+
+def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: int) -> None:
+    """images, teacher (random vectors, view 0) and selection (all for training)."""
+    rng = np.random.default_rng(0)
+    everything = []
+    for shard, start in enumerate(range(0, len(jpgs), per_shard)):
+        name = f"{shard:05}.parquet"
+        rows = write_images(data / "images" / name, jpgs[start : start + per_shard], start)
+        views = [canonical_view(row["width"], row["height"]) for row in rows]
+        vectors = rng.normal(size=(len(rows), embedding_size)).astype(np.float32)
+        table = pa.table(
+            {
+                "image_id": [row["image_id"] for row in rows],
+                "view": pa.array([0] * len(rows), pa.int32()),
+                **{f: pa.array([getattr(v, f) for v in views], pa.float32()) for f in views[0]._fields[:4]},
+                "flip": [False] * len(rows),
+                "sha256": [row["sha256"] for row in rows],
+                "embedding": shards.embedding_column(shards.to_float16(vectors)),
+            }
+        )
+        schema = shards.teacher_schema(embedding_size)
+        (data / "teacher/images").mkdir(parents=True, exist_ok=True)
+        shards.write_shard(data / "teacher/images" / name, schema, shards.in_groups(table), {})
+        everything += [
+            {"image_id": row["image_id"], "split": "train", "keep": True} for row in rows
+        ]
+    (data / "selection").mkdir()
+    table = pa.Table.from_pylist(everything, schema=shards.SELECTION)
+    shards.write_shard(data / "selection/selection.parquet", shards.SELECTION, [table], {})
+

@@ -1,0 +1,265 @@
+"""manifest -> data/images with the real img2dataset: no row is lost, nothing is fetched twice,
+and however a run ends, the next one ends in the same bytes.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import server as web
+import worlds
+
+from pipeline.core.errors import PipelineError
+from stages.download import download
+
+ROOT = Path(__file__).parents[1]
+REMOTE, LOCAL = 24, 6
+GOOD = REMOTE + LOCAL + 1  # one more has boxes
+BOXES = '[{"text": "it", "x0": 32, "y0": 16, "x1": 320, "y1": 160}]'
+pause = {"s": 0.0}  # before the server answers
+
+
+def slowly(data: bytes):
+    def answer(request):
+        request.server.closing.wait(pause["s"])
+        web.body(data)(request)
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def site():
+    """Pictures 0.png to 39.png, a page that is none, a page for robots only to look away from."""
+    pages = {f"/{i}.png": slowly(worlds.picture(i)) for i in range(40)}
+    pages |= {"/page.png": b"<html>", "/robots.txt": b"User-agent: *\nDisallow: /private\n"}
+    pages |= {"/private.png": worlds.picture(99), "/original.png": worlds.picture(5, 320, 160)}
+    with web.serve(pages) as server:
+        yield server
+
+
+def world_rows(site) -> list[dict]:
+    remote = [{"url": site.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(REMOTE)]
+    local = [{"url": f"file:{i}.png", "caption": f"local {i}"} for i in range(LOCAL)]
+    odd = {
+        site.url("/none.png"): "not_found",
+        site.url("/page.png"): "not_an_image",
+        site.url("/private.png"): "robots",
+        "file:missing.png": "not_found",
+        "file:../secret.png": "refused",
+        "http://10.0.0.1/x.png": "refused",
+        "": "empty_url",
+        site.url("/0.png"): "duplicate_url",
+    }
+    boxed = {"url": site.url("/original.png"), "caption": "picture with a box"}
+    rows = remote + local + [{"url": url, "caption": status} for url, status in odd.items()]
+    return [row | {"boxes": BOXES} for row in [*rows, boxed]]
+
+
+def write_pictures(root: Path) -> Path:
+    root.mkdir(parents=True)
+    for i in range(LOCAL):
+        (root / f"{i}.png").write_bytes(worlds.picture(100 + i))
+    return root
+
+
+def run(folder: Path, rows: list[dict], root: Path, **options) -> dict[str, int]:
+    """One download in folder/data; its parameters are those of every other here."""
+    manifest = worlds.write_manifest(folder / "manifest.csv", rows)
+    config = worlds.download_config(manifest, root)
+    return download(config, folder / "data", processes=1, threads=4, **options)
+
+
+@pytest.fixture(scope="module")
+def world(site, tmp_path_factory):
+    """(folder with data/ after one undisturbed run, its rows, the pictures' root)."""
+    folder = tmp_path_factory.mktemp("world")
+    root = write_pictures(folder / "pictures")
+    rows = world_rows(site)
+    run(folder, rows, root)
+    return folder, rows, root
+
+
+def out_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "data/images").iterdir()}
+
+
+def out_rows(folder: Path) -> list[dict]:
+    paths = sorted((folder / "data/images").glob("*.parquet"))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def requested(site) -> list[str]:
+    """Pictures that were asked for since the last call."""
+    paths = [path for path in site.paths() if path != "/robots.txt"]
+    site.requests.clear()
+    return paths
+
+
+def test_every_row_is_one_row_with_its_status(world):
+    folder, rows, _ = world
+    found = out_rows(folder)
+    assert Counter(r["url"] for r in found) == Counter(r["url"] for r in rows)
+    assert len({row["row_id"] for row in found}) == len(rows)
+    for row in found:
+        fine = row["caption"].startswith(("picture", "local"))
+        assert row["status"] == ("ok" if fine else row["caption"]), row["url"]
+        assert (row["jpg"] is not None) == fine == (row["error"] is None)
+        assert row["attempts"] == (None if row["status"] in ("empty_url", "duplicate_url") else 1)
+
+
+def test_boxes_follow_the_image_into_its_stored_size(world):
+    stored = next(row for row in out_rows(world[0]) if row["caption"] == "picture with a box")
+    assert (stored["width"], stored["height"]) == (64, 32)
+    assert (stored["original_width"], stored["original_height"]) == (320, 160)
+    (found,) = stored["boxes"]
+    expected = {"x0": 6.4, "y0": 3.2, "x1": 64.0, "y1": 32.0}
+    assert found.pop("text") == "it" and found == pytest.approx(expected, abs=1e-4)
+    lost = next(row for row in out_rows(world[0]) if row["caption"] == "not_found")
+    assert lost["boxes"] is None
+
+
+def test_shards_are_sorted_and_hold_one_bucket_each(world):
+    for path in (world[0] / "data/images").glob("*.parquet"):
+        ids = pq.read_table(path)["image_id"].to_pylist()
+        assert ids == sorted(ids)
+        assert {int(key[:8], 16) % 3 for key in ids} == {int(path.stem)}
+
+
+def test_a_second_run_asks_nothing_and_touches_nothing(world, site):
+    folder, rows, root = world
+    before = {p: p.stat().st_mtime_ns for p in (folder / "data/images").iterdir()}
+    requested(site)
+    assert run(folder, rows, root)["ok"] == GOOD
+    assert not requested(site)
+    assert {p: p.stat().st_mtime_ns for p in (folder / "data/images").iterdir()} == before
+
+
+def test_nothing_of_the_work_is_left_but_the_finished_shards(world):
+    work = world[0] / "data/.work/download"
+    (stamped,) = work.iterdir()
+    assert {p.name for p in stamped.iterdir()} == set(out_bytes(world[0]))
+
+
+def test_a_changed_manifest_fetches_only_what_is_new_and_equals_a_run_from_scratch(
+    world, site, tmp_path
+):
+    """Added, removed, reordered and edited rows; local files that appear, change and disappear."""
+    folder, rows, _ = world
+    root = write_pictures(tmp_path / "pictures")
+    (root / "1.png").write_bytes(worlds.picture(201))
+    (root / "2.png").unlink()
+    (root / "missing.png").write_bytes(worlds.picture(202))
+    changed = [row for row in rows if row["url"] != site.url("/3.png")]
+    changed = [{"url": site.url("/30.png"), "caption": "new", "boxes": ""}, *changed[::-1]]
+    changed = [r | {"caption": "edited"} if r["caption"] == "picture 7" else r for r in changed]
+    shutil.copytree(folder / "data", tmp_path / "on/data")
+    requested(site)
+    run(tmp_path / "on", changed, root)
+    assert requested(site) == ["/30.png"]
+    run(tmp_path / "scratch", changed, root)
+    assert len(requested(site)) > REMOTE
+    assert out_bytes(tmp_path / "on") == out_bytes(tmp_path / "scratch")
+    found = {row["url"]: row for row in out_rows(tmp_path / "on") if row["attempts"]}
+    assert found[site.url("/7.png")]["caption"] == "edited"
+    assert found["file:2.png"]["status"] == "not_found"
+    assert found["file:missing.png"]["status"] == "ok"
+    before = {row["url"]: row for row in out_rows(folder)}
+    assert found["file:1.png"]["sha256"] != before["file:1.png"]["sha256"]
+
+
+# Interrupted
+
+
+def started(folder: Path, rows: list[dict], root: Path) -> subprocess.Popen:
+    """The command itself, in a process of its own."""
+    manifest = worlds.write_manifest(folder / "manifest.csv", rows)
+    params = folder / "params.yaml"
+    worlds.write_params(params, download=worlds.download_config(manifest, root))
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "download", "--params", params]
+        + ["--data", folder / "data", "--processes", "1", "--threads", "4"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_in_the_middle_goes_on_to_the_same_bytes(world, site, tmp_path, how):
+    folder, rows, root = world
+    requested(site)
+    pause["s"] = 0.5
+    try:
+        process = started(tmp_path, rows, root)
+        work = tmp_path / "data/.work/download"
+        assert web.wait_until(lambda: len(list(work.glob("?" * 32 + "/*.parquet"))) == 1, 90)
+        os.kill(process.pid, how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        pause["s"] = 0.0
+        process.kill()
+    assert process.returncode not in (0, None) and "Traceback" not in errors
+    assert not (tmp_path / "data/images").exists()
+    (done,) = work.glob("?" * 32 + "/*.parquet")
+    first = requested(site)
+    assert run(tmp_path, rows, root)["ok"] == GOOD
+    again = requested(site)
+    asked = {row["url"] for row in pq.read_table(done).to_pylist() if row["attempts"]}
+    assert not {site.url(path) for path in again} & asked  # a finished shard is not fetched again
+    assert first
+    assert out_bytes(tmp_path) == out_bytes(folder)
+    assert not list((tmp_path / "data").rglob("*.partial"))
+
+
+# Trying again
+
+
+def test_retry_fetches_what_may_succeed_now_and_nothing_else(tmp_path):
+    answers = web.in_turn(web.status(503), web.body(worlds.picture(1)))
+    pages = {"/busy.png": answers, "/good.png": worlds.picture(2), "/page.png": b"<html>"}
+    with web.serve(pages) as site:
+        rows = [{"url": site.url(path), "caption": path} for path in [*pages, "/none.png"]]
+
+        def statuses() -> dict[str, tuple]:
+            return {r["caption"]: (r["status"], r["attempts"]) for r in out_rows(tmp_path)}
+
+        expected = {"/good.png": ("ok", 1), "/page.png": ("not_an_image", 1)}
+        expected |= {"/none.png": ("not_found", 1)}
+        run(tmp_path, rows, tmp_path)
+        assert statuses() == expected | {"/busy.png": ("server_error", 1)}
+        requested(site)
+        run(tmp_path, rows, tmp_path)
+        assert not requested(site)
+        run(tmp_path, rows, tmp_path, retry=True)
+        assert requested(site) == ["/busy.png"]
+        assert statuses() == expected | {"/busy.png": ("ok", 2)}
+        run(tmp_path, rows, tmp_path, retry=True)
+        assert not requested(site)
+
+
+# Refusals
+
+
+def test_not_one_image_is_an_error_that_says_what_was_found(tmp_path):
+    rows = [{"url": "", "caption": "a"}, {"url": " ", "caption": "b"}]
+    for _ in range(2):  # the second run finds it published, and says so again
+        with pytest.raises(PipelineError, match="not one image could be had: 2 empty_url"):
+            run(tmp_path, rows, tmp_path)
+    assert len(out_rows(tmp_path)) == 2
+
+
+def test_strangers_in_the_out_are_refused_before_anything_is_fetched(world, site, tmp_path):
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/images/holiday.jpg").write_bytes(b"mine")
+    requested(site)
+    with pytest.raises(PipelineError, match=r"holiday\.jpg"):
+        run(tmp_path, world[1], world[2])
+    assert not requested(site)
+    assert (tmp_path / "data/images/holiday.jpg").read_bytes() == b"mine"

@@ -1,0 +1,431 @@
+"""A file under its final name is whole, an out is one run's or nobody's, and data/ has one writer."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import server
+
+from pipeline.core import provenance
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import PARTIAL, STAMP_FILE, Work, content, lock, read_stamp
+from pipeline.data import shards
+
+NAMES = ["a.txt", "sub/b.txt"]
+
+
+def finish(data: Path, recipe: dict, stage: str = "stage", text: str | None = None) -> Work:
+    """A whole run whose files say which recipe made them."""
+    work = Work(data, stage, data / "out", recipe)
+    if not work.published():
+        work.begin()
+        for name in NAMES:
+            if not work.has(name):
+                made = text or json.dumps(recipe)
+                work.commit(name, lambda partial, made=made: partial.write_text(made))
+        work.publish(NAMES, {"files": len(NAMES)})
+    return work
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run(code: str, *arguments, **options) -> subprocess.Popen:
+    """A real second process, our modules on its path."""
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# Publishing
+
+
+def test_an_out_is_exactly_the_files_of_its_run_and_the_stamp(tmp_path):
+    work = finish(tmp_path, {"n": 1})
+    assert set(files(work.out)) == {*NAMES, STAMP_FILE}
+    stamp = read_stamp(work.out, "stage")
+    assert stamp["stamp"] == work.stamp and stamp["recipe"] == {"n": 1}
+    for name, entry in stamp["files"].items():
+        assert entry["sha256"] == provenance.file_digest(work.out / name)
+        assert entry["bytes"] == (work.out / name).stat().st_size
+
+
+def test_a_second_run_of_the_same_recipe_finds_itself_published(tmp_path):
+    before = finish(tmp_path, {"n": 1})
+    times = {path: path.stat().st_mtime_ns for path in before.out.rglob("*")}
+    assert finish(tmp_path, {"n": 1}, text="never written").published()
+    assert {path: path.stat().st_mtime_ns for path in before.out.rglob("*")} == times
+
+
+def test_another_recipe_replaces_every_file_and_removes_the_older_work(tmp_path):
+    old, new = finish(tmp_path, {"n": 1}), finish(tmp_path, {"n": 2})
+    assert not old.published() and new.published()
+    assert {text for name, text in files(new.out).items() if name != STAMP_FILE} == {'{"n": 2}'}
+    assert not old.folder.exists() and new.folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "no stamp", "stranger"])
+def test_an_out_that_is_not_whole_is_not_published(tmp_path, damage):
+    work = finish(tmp_path, {"n": 1})
+    changed = work.out / NAMES[1]
+    if damage == "missing":
+        changed.unlink()
+    elif damage == "shorter":
+        changed.unlink()
+        changed.write_text("")
+    elif damage == "no stamp":
+        (work.out / STAMP_FILE).unlink()
+    else:
+        (work.out / "mine.txt").write_text("")
+    assert not work.published()
+
+
+def test_an_emptied_out_is_filled_from_the_work_folder_without_new_work(tmp_path):
+    """DVC deletes the outs before it runs a stage."""
+    work = finish(tmp_path, {"n": 1})
+    before = files(work.out)
+    shutil.rmtree(work.out)
+    finish(tmp_path, {"n": 1}, text="made anew")
+    assert files(work.out) == before
+
+
+def test_what_was_damaged_in_place_is_made_anew_once_the_out_is_deleted(tmp_path):
+    """Out and work folder share their bytes: the work folder's copy is damaged with the out's."""
+    work = finish(tmp_path, {"n": 1})
+    before = files(work.out)
+    with (work.out / NAMES[0]).open("r+b") as file:
+        file.write(b"X")
+    assert (work.folder / NAMES[0]).read_bytes().startswith(b"X")
+    shutil.rmtree(work.out)  # what every message about damage advises
+    finish(tmp_path, {"n": 1})
+    assert files(work.out) == before
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 7, 8, 12, 13, 14, 15, 16, 18, 19])
+def test_a_run_killed_at_any_step_of_publishing_leaves_one_whole_run_or_none(tmp_path, step):
+    """The process ends without warning at its n-th change of a name on disk."""
+    finish(tmp_path, {"n": 1})
+    code = """
+        import os, sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[1])
+        import test_provenance
+        left = int(sys.argv[3])
+        def count(real):
+            def step(*arguments, **options):
+                global left
+                if not left:
+                    os._exit(9)
+                left -= 1
+                return real(*arguments, **options)
+            return step
+        for name in ("rename", "replace", "link", "rmdir", "mkdir"):
+            setattr(os, name, count(getattr(os, name)))
+        test_provenance.finish(Path(sys.argv[2]), {"n": 2})
+    """
+    run(code, Path(__file__).parent, tmp_path, step).communicate()
+    out = tmp_path / "out"
+    if out.exists():
+        recipe = read_stamp(out, "stage")["recipe"]
+        expected = dict.fromkeys(NAMES, json.dumps(recipe))
+        assert {n: t for n, t in files(out).items() if n != STAMP_FILE} == expected
+    again = finish(tmp_path, {"n": 2})
+    assert again.published()
+    assert {n: t for n, t in files(out).items() if n != STAMP_FILE} == dict.fromkeys(
+        NAMES, '{"n": 2}'
+    )
+    assert not list(tmp_path.rglob("*" + PARTIAL))
+
+
+# Strangers
+
+
+def test_a_strangers_file_is_refused_named_and_left_alone(tmp_path):
+    finish(tmp_path, {"n": 1})
+    (tmp_path / "out/holiday.jpg").write_text("mine")
+    for recipe in ({"n": 1}, {"n": 2}):
+        with pytest.raises(PipelineError, match=r"holiday\.jpg"):
+            finish(tmp_path, recipe)
+    assert (tmp_path / "out/holiday.jpg").read_text() == "mine"
+
+
+@pytest.mark.parametrize("stamp", [None, "{}", "[]", "no json", '{"stage": "other"}'])
+def test_a_folder_that_is_not_ours_is_refused_whatever_its_stamp_says(tmp_path, stamp):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.txt").write_text("mine")
+    if stamp is not None:
+        (tmp_path / "out" / STAMP_FILE).write_text(stamp)
+    with pytest.raises(PipelineError, match="did not write"):
+        finish(tmp_path, {"n": 1})
+    assert (tmp_path / "out/a.txt").read_text() == "mine"
+
+
+def test_the_out_of_another_stage_is_refused(tmp_path):
+    finish(tmp_path, {"n": 1}, stage="first")
+    with pytest.raises(PipelineError, match="second did not write"):
+        finish(tmp_path, {"n": 1}, stage="second")
+
+
+def test_a_file_in_the_place_of_the_out_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(PipelineError, match="did not write: out"):
+        finish(tmp_path, {"n": 1})
+
+
+def test_an_empty_folder_is_nobodys(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert finish(tmp_path, {"n": 1}).published()
+
+
+# Stamps
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"stamp": 1}', '"files"'])
+def test_a_damaged_stamp_is_named_with_the_way_out(tmp_path, text):
+    (tmp_path / STAMP_FILE).write_text(text)
+    with pytest.raises(PipelineError, match=r"stamp\.json is damaged.*pipeline teacher-embed"):
+        read_stamp(tmp_path, "teacher_embed")
+
+
+def test_a_missing_stamp_names_the_command_to_run_first(tmp_path):
+    with pytest.raises(PipelineError, match="Run `pipeline teacher-embed` first"):
+        read_stamp(tmp_path / "none", "teacher_embed")
+
+
+def test_stamps_chain_so_that_a_change_of_the_first_input_reaches_the_last(tmp_path):
+    def chain(value: int, folder: Path) -> list[str]:
+        first = finish(folder / "1", {"value": value})
+        second = finish(folder / "2", {"input": content(read_stamp(first.out, "stage"))})
+        third = finish(folder / "3", {"input": content(read_stamp(second.out, "stage"))})
+        return [first.stamp, second.stamp, third.stamp]
+
+    one, again, two = (chain(v, tmp_path / name) for v, name in ((1, "a"), (1, "b"), (2, "c")))
+    assert one == again
+    assert not set(one) & set(two)
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert provenance.digest({"a": 1, "b": [2]}) == provenance.digest({"b": [2], "a": 1})
+    assert provenance.digest({"a": 1}) != provenance.digest({"a": "1"})
+
+
+# Taking over
+
+
+def test_earlier_runs_are_offered_newest_first_and_the_out_last(tmp_path):
+    finish(tmp_path, {"n": 1})
+    for n in (2, 3):  # both killed before they published
+        work = Work(tmp_path, "stage", tmp_path / "out", {"n": n})
+        work.begin()
+        os.utime(work.folder, (n, n))
+    now = Work(tmp_path, "stage", tmp_path / "out", {"n": 4})
+    recipes = [Work(tmp_path, "stage", tmp_path / "out", {"n": n}).folder for n in (1, 3, 2)]
+    assert now.earlier() == [*recipes, tmp_path / "out"]
+
+
+def test_an_adopted_file_is_the_same_file_and_a_new_one_leaves_the_old_alone(tmp_path):
+    old = finish(tmp_path, {"n": 1})
+    kept = tmp_path / "kept.txt"
+    os.link(old.folder / "a.txt", kept)
+    new = Work(tmp_path, "stage", tmp_path / "out", {"n": 2})
+    new.begin()
+    new.adopt("a.txt", old.folder / "a.txt")
+    assert os.path.samefile(new.folder / "a.txt", kept)
+    new.commit("a.txt", lambda partial: partial.write_text("other"))
+    assert kept.read_text() == '{"n": 1}'
+
+
+def test_files_are_copied_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert finish(tmp_path, {"n": 1}).published()
+
+
+# Files
+
+
+def test_a_failed_write_leaves_neither_a_half_file_nor_a_changed_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        provenance.write_file(path, fail)
+    assert files(tmp_path) == {"file": "before"}
+
+
+def test_a_process_killed_while_writing_leaves_no_final_file_and_the_rest_is_swept(tmp_path):
+    code = """
+        import os, sys
+        from pathlib import Path
+        from pipeline.core.provenance import Work
+        work = Work(Path(sys.argv[1]), "stage", Path(sys.argv[1], "out"), {"n": 1})
+        work.begin()
+        def half(partial):
+            partial.write_text("half")
+            os.kill(os.getpid(), 9)
+        work.commit("sub/b.txt", half)
+    """
+    run(code, tmp_path).communicate()
+    work = Work(tmp_path, "stage", tmp_path / "out", {"n": 1})
+    assert list(work.folder.rglob("*" + PARTIAL)) and not work.has("sub/b.txt")
+    finish(tmp_path, {"n": 1})
+    assert not list(tmp_path.rglob("*" + PARTIAL))
+
+
+@contextmanager
+def little_space(folder: Path, size: int):
+    """A file system of size bytes mounted on folder; where that is forbidden, a limit per file."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield errno.ENOSPC
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield errno.EFBIG
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_no_half_file_and_a_smaller_one_still_fits(tmp_path):
+    schema = pa.schema([("jpg", pa.binary())])
+    table = pa.table({"jpg": [os.urandom(3_000_000)]})
+    with little_space(tmp_path / "small", 1_000_000) as expected:
+        work = Work(tmp_path / "small", "stage", tmp_path / "small/out", {})
+        work.begin()
+        for write in (
+            lambda partial: shards.write_shard(partial, schema, [table], {}),
+            lambda partial: partial.write_bytes(os.urandom(3_000_000)),
+        ):
+            with pytest.raises(OSError) as caught:
+                work.commit("big", write)
+            assert caught.value.errno == expected
+            assert not [path for path in work.folder.rglob("*") if path.is_file()]
+        work.commit("a", lambda partial: partial.write_text("fits"))
+        work.publish(["a"], {})
+        assert (work.out / "a").read_text() == "fits"
+
+
+def test_a_folder_that_may_not_be_written_is_one_message_without_traceback(tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "data").mkdir(mode=0o555)
+    code = """
+        import os, sys
+        import stages.select
+        from pipeline import cli
+        from pipeline.core.presets import write_preset
+        from pathlib import Path
+        write_preset("demo", Path("params.yaml"), force=True)
+        if os.geteuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        sys.argv = ["pipeline", "select"]
+        cli.main()
+    """
+    process = run(code, cwd=tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.startswith("error:") and "right to write there" in errors
+
+
+# The lock
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from pipeline.core.provenance import lock
+    with lock(Path(sys.argv[1]), sys.argv[2]):
+        Path(sys.argv[1], "held").touch()
+        time.sleep(60)
+"""
+
+
+def assert_refused(data: Path, *parts: str) -> None:
+    with pytest.raises(PipelineError) as caught, lock(data, "mine"):
+        pass
+    for part in (*parts, str(data)):
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_the_data(tmp_path):
+    holder = run(HOLDER, tmp_path, "distill")
+    try:
+        assert server.wait_until((tmp_path / "held").exists)
+        assert_refused(tmp_path, "distill", f"process {holder.pid}")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with lock(tmp_path, "mine"):  # the kernel let go of it
+        assert "mine" in (tmp_path / ".work/lock").read_text()
+
+
+def test_a_process_left_behind_by_its_killed_parent_still_holds_the_data(tmp_path):
+    """As a stage after `kill -9` of dvc."""
+    parent = run(
+        """
+        import subprocess, sys
+        subprocess.Popen([sys.executable, "-c", sys.argv[3], *sys.argv[1:3]]).wait()
+        """,
+        tmp_path,
+        "download",
+        textwrap.dedent(HOLDER),
+    )
+    assert server.wait_until((tmp_path / "held").exists)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    try:
+        assert_refused(tmp_path, "download", f"process {child.pid}")
+    finally:
+        child.kill()
+        parent.communicate()
+    assert server.wait_until(lambda: not child.is_running())
+    with lock(tmp_path, "mine"):
+        pass
+
+
+def test_a_lock_that_was_let_go_says_nothing_about_its_last_holder(tmp_path):
+    with lock(tmp_path, "a stage with a long name"):
+        pass
+    with lock(tmp_path, "b"):
+        assert_refused(tmp_path, "b (process")
+        assert "long name" not in (tmp_path / ".work/lock").read_text()
+
+
+def test_a_file_as_data_folder_is_refused(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(PipelineError, match="is a file"), lock(tmp_path / "data", "stage"):
+        pass
