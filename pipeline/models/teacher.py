@@ -36,7 +36,7 @@ class Teacher:
         self.device, self.dtype = device, torch.float32
         check_weights(self.card, card_path)
         self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
-        self.tokenize = open_clip.gettokenizer(_model_name(self.card, card_path))
+        self.tokenize = open_clip.get_tokenizer(_model_name(self.card, card_path))
         preprocess = self.model.visual.preprocess_cfg
         size = preprocess["size"]
         self.image_size = size if isinstance(size, int) else size[0]
