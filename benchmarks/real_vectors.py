@@ -28,7 +28,7 @@ from stages.select import select
 CARD = Path(__file__).parents[1] / "manifests/teachers/clip-vit-b32.yaml"
 BATCH = 64
 RECIPE = {
-    "loss": {"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.0},
+    "loss": {"l1": 1.0, "cosine": 0.0, "relational": 0.25, "caption": 0.0},
     "relational_scale": 10.0,
     "views": 1,
     "noise": 0.2,

@@ -182,8 +182,10 @@ def started(folder: Path, rows: list[dict], root: Path) -> subprocess.Popen:
     params = folder / "params.yaml"
     worlds.write_params(params, download=worlds.download_config(manifest, root))
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "download", "--params", params]
-        + ["--data", folder / "data", "--processes", "1", "--threads", "4"],
+        [
+            *(sys.executable, "-m", "pipeline.cli", "download", "--params", params),
+            *("--data", folder / "data", "--processes", "1", "--threads", "4"),
+        ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

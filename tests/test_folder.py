@@ -11,7 +11,7 @@ from pipeline.data.folder import write_folder_manifest
 from pipeline.data.manifest import write_lists
 from pipeline.data.policy import local_path
 
-NAMES = ["a.jpg", "b.PNG", "cats/c d.jpeg", "cats/old/ü#?%41.webp", "cats/it's \"x\", y.gif"]
+NAMES = ["a.jpg", "b.PNG", "cats/c d.jpeg", "cats/old/ü#?%41.webp", 'cats/it\'s "x", y.gif']
 
 
 @pytest.fixture

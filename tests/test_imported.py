@@ -215,7 +215,7 @@ def test_import_and_teacher_embed_do_not_overwrite_each_other(data, tmp_path):
     import_embeddings(data, source, teacher=TEACHER)
     with pytest.raises(PipelineError, match="did not write"):
         Work(data, "teacher_embed", data / "teacher", {}).begin()
-    stamp = data / "teacher/stamp.json"
+    stamp = data / "teacher/_stamp.json"
     stamp.write_text(stamp.read_text().replace("import_embeddings", "teacher_embed"))
     other = npz(tmp_path / "w.npz", image=files(), embedding=vectors(IMAGES, seed=3))
     with pytest.raises(PipelineError, match="did not write"):

@@ -50,8 +50,14 @@ def refusal(data: Path, sql: str) -> str:
 
 @pytest.mark.parametrize(
     "sql",
-    ["SELECT count(*) FROM images", "select count(*) from images;", "-- why\nSELECT 2 /* ; */;"]
-    + ["FROM images SELECT count(*)", "WITH x AS (FROM images) SELECT count(*) FROM x", "VALUES (2)"],
+    [
+        "SELECT count(*) FROM images",
+        "select count(*) from images;",
+        "-- why\nSELECT 2 /* ; */;",
+        "FROM images SELECT count(*)",
+        "WITH x AS (FROM images) SELECT count(*) FROM x",
+        "VALUES (2)",
+    ],
 )
 def test_one_select_is_answered_however_it_is_written(data, sql):
     assert ask(data, sql).fetchall() == [(2,)]
@@ -276,7 +282,9 @@ def test_bytes_are_hexadecimal_where_there_are_no_bytes(data, capfdbinary):
 @pytest.mark.filterwarnings("error")
 def test_no_rows_are_an_answer_too(data, form, capfdbinary):
     out = answer(data, "SELECT image_id FROM images WHERE false", form, capfdbinary)
-    assert {"table": b"(0 rows)", "csv": b"image_id\n", "json": b"", "parquet": b"PAR1"}[form] in out
+    assert {"table": b"(0 rows)", "csv": b"image_id\n", "json": b"", "parquet": b"PAR1"}[
+        form
+    ] in out
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "parquet"])

@@ -109,7 +109,7 @@ def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finis
     kept = ("data/.work/", "data/runs/", "pipeline/", "stages/")  # its own files; its own code
     foreign = {path for path in opened if not path.startswith(kept) and ".parquet" not in path}
     # a stamp says which Parquet files belong together
-    assert foreign == {"params.yaml", *(f"data/{room}/stamp.json" for room in ROOMS[:4])}
+    assert foreign == {"params.yaml", *(f"data/{room}/_stamp.json" for room in ROOMS[:4])}
 
 
 STAGES = {  # stage -> the file whose appearance says that the stage is in its middle

@@ -161,10 +161,10 @@ def test_searching_needs_a_student_and_its_index(small_world, data, tmp_path):
 def test_an_index_of_another_student_is_refused(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    stamp = json.loads((copy / "student/stamp.json").read_text())
+    stamp = json.loads((copy / "student/_stamp.json").read_text())
     stamp["files"]["model.safetensors"]["sha256"] = "0" * 32
-    (copy / "student/stamp.json").unlink()  # a hard link may lead elsewhere
-    (copy / "student/stamp.json").write_text(json.dumps(stamp))
+    (copy / "student/_stamp.json").unlink()  # a hard link may lead elsewhere
+    (copy / "student/_stamp.json").write_text(json.dumps(stamp))
     with pytest.raises(PipelineError, match="another student"):
         search(copy, Query("x", np.zeros(32), np.zeros(32)), 3)
 

@@ -90,7 +90,9 @@ def test_shares_are_kept_on_average_over_thousands_of_contents():
     connection.execute("CREATE TABLE texts AS SELECT * EXCLUDE (view) FROM teacher WHERE false")
     connection.execute("CREATE TABLE near AS SELECT image_id, image_id AS family FROM texts")
     query = QUERY.format(where="true", val=0.1, test=0.25)
-    shares = dict(connection.sql(f"SELECT split, count(*) / 5000 FROM ({query}) GROUP BY 1").fetchall())
+    shares = dict(
+        connection.sql(f"SELECT split, count(*) / 5000 FROM ({query}) GROUP BY 1").fetchall()
+    )
     for split, share in {"test": 0.25, "val": 0.1, "train": 0.65}.items():
         assert abs(shares[split] - share) < 4 * (share * (1 - share) / 5000) ** 0.5
 
@@ -121,9 +123,9 @@ def test_near_duplicates_share_a_split_and_one_of_them_is_kept(data):
     cosines = matrix @ matrix.T
     pairs = {(a, b): cosines[i, j] for i, a in enumerate(number) for j, b in enumerate(number)}
     twice = {(i, i + 50) for i in range(10)}
-    threshold = (min(pairs[p] for p in twice)
-                 + max(c for (a, b), c in pairs.items() if a < b and (a, b) not in twice)) / 2  # fmt: skip
-    assert max(c for (a, b), c in pairs.items() if a < b and (a, b) not in twice) < threshold
+    others = max(c for (a, b), c in pairs.items() if a < b and (a, b) not in twice)
+    threshold = (min(pairs[pair] for pair in twice) + others) / 2
+    assert others < threshold
     found = run(data, near_duplicates=float(threshold))
     for a, b in twice:
         pair = found[f"{a}.jpg"], found[f"{b}.jpg"]
@@ -209,9 +211,9 @@ def test_the_same_data_give_the_same_bytes(small_world, tmp_path):
 
 
 def test_a_teacher_of_other_images_is_refused(data):
-    stamp = json.loads((data / "teacher/stamp.json").read_text())
+    stamp = json.loads((data / "teacher/_stamp.json").read_text())
     stamp["recipe"]["images"] = "other"
-    (data / "teacher/stamp.json").write_text(json.dumps(stamp))
+    (data / "teacher/_stamp.json").write_text(json.dumps(stamp))
     with pytest.raises(PipelineError, match="Run `pipeline teacher-embed` first"):
         run(data)
 

@@ -6,6 +6,10 @@ import csv
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +79,7 @@ def select_config(**changes) -> SelectConfig:
     return SelectConfig(**values | changes)
 
 
-def write_teacher(folder: Path, seed: int = 0) -> Path:
+def write_teacher(folder: Path, seed: int = 0, context: int = 16) -> Path:
     """A CLIP of 32 px, width 32, one layer a tower, random weights; returns its card."""
     import torch
     from safetensors.torch import save_file
@@ -94,7 +98,7 @@ def write_teacher(folder: Path, seed: int = 0) -> Path:
             "patch_size": 8,
         },
         "text_cfg": {
-            "context_length": 16,
+            "context_length": context,
             "vocab_size": 49408,
             "width": 32,
             "heads": 2,
@@ -117,6 +121,19 @@ def write_teacher(folder: Path, seed: int = 0) -> Path:
     }
     (folder / "card.yaml").write_text(yaml.safe_dump(card))
     return folder / "card.yaml"
+
+
+def run_code(code: str, *arguments, **options) -> subprocess.Popen:
+    """A real second process, our modules on its path."""
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 @dataclass(frozen=True)

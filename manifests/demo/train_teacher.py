@@ -4,9 +4,16 @@ Run:   python train_teacher.py   (dvc runs it as stage `teacher`)
 Makes: teacher/open_clip_config.json and open_clip_model.safetensors, which open_clip opens as
        `local-dir:`, and teacher/card.yaml, the teacher card of the pipeline
 
-Two things are learned at once, both as softmax cross-entropy over cosines: which caption of the
-batch belongs to which scene (Radford et al. 2021), and which of all the short phrases that name an
-object ("a red circle") are true of a scene. Phrases are what patches will be compared with.
+Cost:  under a minute on two quiet cores with bfloat16 instructions.
+
+Two things are learned at once, all as softmax cross-entropy over cosines: which caption of the
+batch belongs to which scene (Radford et al. 2021), and which phrases that name one object ("a red
+circle") are true of which scene. Phrases are what patches are compared with later, and both ways of
+asking are needed: were only the phrases of a scene told apart, all phrases would share a direction
+in which scenes may lie, and a patch of mere background would answer to every phrase.
+
+The image tower is CLIP's ResNet, narrow: from a few thousand scenes it learns shapes in a fraction
+of the time that a ViT takes.
 """
 
 import hashlib
@@ -35,17 +42,15 @@ from open_clip.model import CLIP
 
 HERE = Path(__file__).parent
 WEIGHTS = "open_clip_model.safetensors"
-WIDTH, CONTEXT, VOCABULARY = 128, 32, 49408  # the vocabulary is open_clip's and cannot shrink
+WIDTH, CONTEXT, VOCABULARY = 128, 24, 49408  # the vocabulary is open_clip's and cannot shrink
 MAX_LOGIT_SCALE = math.log(100)
 
 
 def model_config(size: int, vocabulary: int = VOCABULARY) -> dict:
     """open_clip's model_cfg for square images of `size` px."""
-    tower = {"width": WIDTH, "layers": 4}
     return {
         "embed_dim": WIDTH,
-        "quick_gelu": True,
-        "vision_cfg": {**tower, "image_size": size, "patch_size": 8, "head_width": 64},
+        "vision_cfg": {"image_size": size, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
         "text_cfg": {
             "context_length": CONTEXT,
             "vocab_size": vocabulary,
@@ -104,17 +109,16 @@ def learning_rate_at(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def loss_of(model: CLIP, pixels: Tensor, captions: Tensor, phrases: Tensor, true: Tensor) -> Tensor:
-    """B scenes with a caption each, V phrases, true (B, V): a scalar."""
-    images = F.normalize(model.encode_image(normalise(pixels)).float(), dim=1)  # (B, E)
-    texts = F.normalize(model.encode_text(torch.cat([captions, phrases])).float(), dim=1)
-    logits = model.logit_scale.exp() * images @ texts.T  # (B, B + V)
-    among_captions, among_phrases = logits.split([len(captions), len(phrases)], dim=1)
-    own = torch.arange(len(pixels))
+def loss_of(images: Tensor, captions: Tensor, phrases: Tensor, true: Tensor) -> Tensor:
+    """Logits' factors: scaled images (B, E), captions (B, E), phrases (V, E); true (B, V)."""
+    among_captions, among_phrases = images @ captions.T, images @ phrases.T  # (B, B), (B, V)
+    own = torch.arange(len(images))
+    held = true.any(dim=0)  # phrases that any scene of the batch holds
     return (
         F.cross_entropy(among_captions, own) / 2
         + F.cross_entropy(among_captions.T, own) / 2
-        + F.cross_entropy(among_phrases, true / true.sum(dim=1, keepdim=True))
+        + F.cross_entropy(among_phrases, F.normalize(true, p=1, dim=1))
+        + F.cross_entropy(among_phrases.T[held], F.normalize(true.T[held], p=1, dim=1))
     )
 
 
@@ -144,14 +148,21 @@ def train(scenes: Scenes, params: dict) -> CLIP:
         if len(order) < params["batch_size"]:
             order = torch.cat([order, torch.randperm(len(captions))])
         batch, order = order.split([params["batch_size"], len(order) - params["batch_size"]])
+        flipped = torch.rand(len(batch), 1, 1, 1) < 0.5  # no caption says left or right
+        pixels = torch.where(flipped, scenes.pixels[batch].flip(3), scenes.pixels[batch])
         # The fused attention's backward pass is slow on the CPU at these sizes.
         with (
             torch.autocast("cpu", getattr(torch, params["dtype"])),
             sdpa_kernel(SDPBackend.MATH),
         ):
-            loss = loss_of(
-                model, scenes.pixels[batch], captions[batch], phrases, scenes.true_of[batch]
-            )
+            images = model.encode_image(normalise(pixels))  # (B, E)
+            texts = model.encode_text(torch.cat([captions[batch], phrases]))  # (B + V, E)
+        images, texts = F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
+        loss = loss_of(
+            images * model.logit_scale.exp(),
+            *texts.tensor_split([len(batch)]),
+            scenes.true_of[batch],
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,7 +175,7 @@ def train(scenes: Scenes, params: dict) -> CLIP:
 
 def with_full_vocabulary(model: CLIP, words: Tensor) -> CLIP:
     """The same model for all of open_clip's token ids; a word that no caption holds embeds to 0."""
-    full = CLIP(**model_config(model.visual.image_size[0]))
+    full = CLIP(**model_config(model.visual.image_size))
     table = torch.zeros_like(full.token_embedding.weight)
     table[words] = model.token_embedding.weight.detach()
     full.load_state_dict({**model.state_dict(), "token_embedding.weight": table})
@@ -176,7 +187,7 @@ def save(model: CLIP, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / WEIGHTS)
     config = {
-        "model_cfg": model_config(model.visual.image_size[0]),
+        "model_cfg": model_config(model.visual.image_size),
         "preprocess_cfg": {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -185,7 +196,7 @@ def save(model: CLIP, folder: Path) -> None:
         "model": "local-dir:.",  # relative to the card
         "pretrained": None,
         "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        "activation": "quickgelu",
+        "activation": "gelu",
         "golden": None,
     }
     (folder / "card.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
@@ -193,6 +204,7 @@ def save(model: CLIP, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing here
     teacher = yaml.safe_load((HERE / "params.yaml").read_text())["teacher"]
     training_scenes = read_training_scenes(
         HERE / "world", teacher["test_fraction"], teacher["val_fraction"]

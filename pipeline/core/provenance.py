@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pipeline.core.errors import PipelineError
 
-STAMP_FILE = "stamp.json"
+STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary"}
 PARTIAL = ".partial"
 
@@ -49,7 +49,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
     write: gets the temporary path. A file under its final name is therefore complete.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL)
     try:
         write(partial)
@@ -59,6 +59,15 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise PipelineError(
+            f"{folder} cannot be made: a file is in the way. Move it, or name another place."
+        ) from None
 
 
 def write_json(path: Path, value) -> None:
@@ -72,10 +81,8 @@ def lock(data: Path, stage: str) -> Iterator[None]:
 
     Raises PipelineError naming who holds it.
     """
-    if data.exists() and not data.is_dir():
-        raise PipelineError(f"{data} is a file. Name a folder with --data.")
     path = data / ".work" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,8 @@ from pipeline.data.views import View, canonical_view
 STAGE = "import_embeddings"
 VERSION = 1  # raise it when the same source gives other shards
 PROMPTS = "texts/prompts.parquet"
-NAMES = ("url", "image_path", "image", "key", "image_id")  # columns that may name an image
+PATHS, KEYS = ("url", "image_path", "image"), ("key", "image_id")
+NAMES = (*PATHS, *KEYS)  # columns that may name an image
 TEXTS = ("caption", "prompt")
 SAME = 1e-3  # largest difference of any value between two unit vectors that count as one
 BLOCK = 65536  # vectors checked at a time
@@ -219,11 +220,15 @@ def _names(name: str) -> tuple[str, str, str]:
 
 def _owner(part: Part, row: int, known: dict[str, str | None]) -> str | None:
     """The image_id that a row's names lead to, if any."""
-    written = [part.columns[name][row] for name in NAMES if name in part.columns]
-    tried = [_names(str(name)) for name in written if name is not None]
-    return next(
-        (known[n] for level in zip(*tried, strict=True) for n in level if known.get(n)), None
-    )
+
+    def written(names: tuple[str, ...]) -> list[str]:
+        found = [part.columns[name][row] for name in names if name in part.columns]
+        return [str(name) for name in found if name is not None]
+
+    paths = [_names(path) for path in written(PATHS)]
+    whole, file, stem = zip(*paths, strict=True) if paths else ((), (), ())
+    candidates = (*whole, *file, *written(KEYS), *stem)
+    return next((known[name] for name in candidates if known.get(name)), None)
 
 
 def _image_places(

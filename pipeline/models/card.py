@@ -35,19 +35,21 @@ class TeacherCard(Strict):
 def read_card(path: Path) -> TeacherCard:
     """Raises PipelineError for a missing, ill-formed or incomplete card."""
     try:
-        return TeacherCard.model_validate(yaml.safe_load(path.read_text()))
+        return TeacherCard.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise PipelineError(
             f"no teacher card {path}. `pipeline import teacher` writes one; "
             "`ls manifests/teachers` shows those that are here."
         ) from None
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise PipelineError(
             f"{path} is no teacher card: {'; '.join(lines)}. "
             f"Expected the keys {', '.join(TeacherCard.model_fields)}."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} is not YAML: {error}") from None
 
 
@@ -55,10 +57,14 @@ def weights_file(card: TeacherCard, path: Path) -> Path | None:
     """The local checkpoint that a card names; null for a tag of open_clip's own list."""
     if card.model.startswith("local-dir:"):
         folder = path.parent / card.model.removeprefix("local-dir:")
-        files = sorted([*folder.glob("open_clip_model.safetensors"), *folder.glob("*.safetensors")])
-        if not files:
-            raise PipelineError(f"{path}: no *.safetensors in {folder}, so no weights to load.")
-        return files[0]
+        files = sorted(folder.glob("*.safetensors"))
+        usual = [file for file in files if file.name == "open_clip_model.safetensors"]
+        if len(usual or files) != 1:  # open_clip would choose one of several by rules of its own
+            raise PipelineError(
+                f"{path}: expected one open_clip_model.safetensors in {folder}, found "
+                f"{', '.join(file.name for file in files) or 'no *.safetensors'}."
+            )
+        return (usual or files)[0]
     if card.pretrained and (path.parent / card.pretrained).is_file():
         return path.parent / card.pretrained
     if card.pretrained and card.pretrained.endswith((".safetensors", ".pt", ".bin", ".pth")):

@@ -1,0 +1,280 @@
+"""Do the files of data/ keep their promises? What stamps, shards and SQL can say without a model.
+
+Reads every byte of every finished stage once, a row group at a time, and writes nothing. A file
+whose bytes are not those of its stamp is one finding, and nothing further is asked of its room:
+the answer would only be that the file is damaged.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.config import SECTIONS
+from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import STAMP_FILE, content, digest, file_digest, read_stamp
+from pipeline.core.threads import ahead
+from pipeline.data import shards
+from pipeline.data.manifest import image_id
+from pipeline.data.pixels import NotAnImage, decode
+from pipeline.data.policy import STATUSES
+
+ROOMS = {  # in the order in which data flows
+    "images": "download",
+    "teacher": "teacher_embed",
+    "selection": "select",
+    "student": "distill",
+    "evaluation": "evaluate",
+}
+IMPORTED = "import_embeddings"  # the other stage that may have made data/teacher
+INPUTS = {  # room -> rooms whose contents its recipe names
+    "teacher": ("images",),
+    "selection": ("images", "teacher"),
+    "student": ("images", "teacher", "selection"),
+    "evaluation": ("images", "teacher", "selection", "student"),
+}
+FAR_FROM_UNIT = 1e-3  # of the length of a stored embedding
+KNOWN_STATUSES = {"ok", "duplicate_url", "empty_url"} | STATUSES
+BROKEN = (pa.ArrowException, OSError, ValueError, PipelineError)  # what a damaged shard raises
+
+
+class Finding(NamedTuple):
+    """A promise that is not kept."""
+
+    promise: str
+    place: str  # path below data/
+    found: str
+    run: str  # the command that mends it
+
+
+Stamps = dict[str, dict]
+Progress = Callable[[int], object]  # is told bytes that were read
+
+
+def remade(data: Path, room: str) -> str:
+    """The command that makes a room anew; without the `rm` a stage may believe that it is done."""
+    return f"rm -r {data / room} && pipeline {ROOMS[room].replace('_', '-')}"
+
+
+def read_stamps(data: Path) -> tuple[Stamps, list[Finding]]:
+    """The stamps of all finished rooms, and what is wrong with them."""
+    stamps, findings = {}, []
+    for room, stage in ROOMS.items():
+        if not (data / room).exists():
+            continue
+        try:
+            stamp = read_stamp(data / room, stage)
+            expected = {stage, IMPORTED} if room == "teacher" else {stage}
+            if stamp["stage"] not in expected or stamp["stamp"] != digest(stamp["recipe"]):
+                raise PipelineError("its stage or its stamp is not that of its recipe")
+            content(stamp)
+        except (PipelineError, KeyError, TypeError, AttributeError) as error:
+            promise = "a finished stage says how it was made"
+            place = f"{room}/{STAMP_FILE}"
+            findings.append(Finding(promise, place, str(error), remade(data, room)))
+        else:
+            stamps[room] = stamp
+    return stamps, findings
+
+
+def file_findings(data: Path, stamps: Stamps, progress: Progress) -> list[Finding]:
+    """Every file of a stamp is there with its bytes, is readable, and there is no other."""
+    findings = []
+    for room, stamp in stamps.items():
+        for name, entry in stamp["files"].items():
+            if found := _damage(data / room / name, entry["sha256"]):
+                promise = "every file has the bytes of its stamp"
+                findings.append(Finding(promise, f"{room}/{name}", found, remade(data, room)))
+            progress(entry["bytes"])
+        files = {str(p.relative_to(data / room)) for p in (data / room).rglob("*") if p.is_file()}
+        for name in sorted(files - {STAMP_FILE, *stamp["files"]}):
+            promise = "a room holds its stage's files and no others"
+            run = f"mv {data / room / name} elsewhere"
+            findings.append(Finding(promise, f"{room}/{name}", "no stage wrote it", run))
+    for path in sorted(data.glob("runs/*.parquet")):
+        if found := _damage(path, None):
+            promise = "every finished run is on record"
+            findings.append(Finding(promise, f"runs/{path.name}", found, f"rm {path}"))
+    return findings
+
+
+def _damage(path: Path, sha256: str | None) -> str | None:
+    """What is wrong with a file's bytes; None for a sound one. sha256 None: only that it reads."""
+    if not path.is_file():
+        return "missing"
+    try:
+        if sha256 and (found := file_digest(path)) != sha256:
+            return f"SHA-256 {found}, its stamp says {sha256}"
+        if path.suffix == ".parquet":
+            for _ in _groups(path):
+                pass
+    except BROKEN as error:
+        return f"unreadable: {str(error).splitlines()[0]}"
+    return None
+
+
+def _groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=columns)
+
+
+def chain_findings(data: Path, stamps: Stamps) -> list[Finding]:
+    """Each room was made from what its input rooms hold now, shard by shard."""
+    promise, findings = "each stage was made from what lies there now", []
+    for room, inputs in INPUTS.items():
+        for source in inputs if room in stamps else ():
+            made_from = stamps[room]["recipe"].get(source)
+            if source in stamps and made_from != content(stamps[source]):
+                found = f"made from other {source} than data/ holds"
+                run = f"pipeline {ROOMS[room].replace('_', '-')}"
+                findings.append(Finding(promise, room, found, run))
+            elif not (data / source).exists():
+                run = f"pipeline {ROOMS[source].replace('_', '-')}"
+                findings.append(Finding(promise, room, f"made from {source}, not here", run))
+    return findings
+
+
+def leftover_findings(data: Path) -> list[Finding]:
+    """Work folders belong to stages."""
+    known = {*SECTIONS, IMPORTED, "lock"}
+    return [
+        Finding("work under way belongs to a stage", f".work/{p.name}", "of no stage", f"rm -r {p}")
+        for p in sorted(data.glob(".work/*"))
+        if p.name not in known
+    ]
+
+
+def image_findings(data: Path, stamp: dict, progress: Progress, workers: int) -> list[Finding]:
+    """Rows of data/images: as many as the manifest had, of a known status, JPEGs that decode."""
+    findings, counts = [], {}
+    lists = stamp["recipe"].get("lists", {})
+    for name, entry in stamp["files"].items():
+        path, faults = data / "images" / name, {}
+        if shards.provenance(path, "download").get("list") != lists.get(name):
+            faults["it was made from another list"] = [name]
+        for table in _groups(path) if _has_schema(path, shards.IMAGES, faults) else ():
+            for status in table["status"].to_pylist():
+                counts[status] = counts.get(status, 0) + 1
+            for key, fault in ahead(_image_fault, table.to_pylist(), workers, 64):
+                if fault:
+                    faults.setdefault(fault, []).append(key)
+        findings += _of_file(data, "images", name, "a row is an image or says why not", faults)
+        progress(entry["bytes"])
+    if not findings and counts != stamp["summary"].get("rows"):
+        found = f"{counts}, when finished {stamp['summary'].get('rows')}"
+        promise = "as many rows as the manifest has"
+        findings.append(Finding(promise, "images", found, remade(data, "images")))
+    return findings
+
+
+def _has_schema(path: Path, schema: pa.Schema, faults: dict) -> bool:
+    """Note a file of other columns under faults."""
+    found = pq.read_schema(path)
+    if not found.equals(schema, check_metadata=False):
+        faults[f"its columns are {', '.join(found.names)}"] = [path.name]
+        return False
+    return True
+
+
+def _image_fault(row: dict) -> tuple[str, str | None]:
+    """(row_id, what is wrong with a row of data/images)."""
+    return row["row_id"], _wrong_with(row)
+
+
+def _wrong_with(row: dict) -> str | None:
+    if row["status"] not in KNOWN_STATUSES:
+        return f"status {row['status']!r}"
+    if row["image_id"] != image_id(row["url"]):
+        return "the image_id is not the url's hash"
+    if row["status"] != "ok":
+        good = row["jpg"] is None and row["error"]
+        return None if good else "a failed row has bytes, or no reason"
+    if row["jpg"] is None or hashlib.sha256(row["jpg"]).hexdigest() != row["sha256"]:
+        return "the JPEG has not the SHA-256 of its row"
+    try:
+        height, width, _ = decode(row["jpg"]).shape
+    except NotAnImage as error:
+        return f"the JPEG does not decode: {error}"
+    if (width, height) != (row["width"], row["height"]):
+        return f"the JPEG is {width} x {height} px, its row says {row['width']} x {row['height']}"
+    return None
+
+
+def vector_findings(data: Path, room: str, stamp: dict, size: int) -> list[Finding]:
+    """Embeddings of data/teacher or of the student's index: finite and of unit length."""
+    findings = []
+    schemas = {
+        "images": shards.teacher_schema(size),
+        "texts": shards.texts_schema(size),
+        "index": shards.index_schema(size),
+    }
+    inputs = stamp["recipe"].get("inputs", {})
+    del inputs
+    for name in stamp["files"]:
+        kind, path, faults = name.split("/")[0], data / room / name, {}
+        if not name.endswith(".parquet"):
+            continue
+        for table in _groups(path) if _has_schema(path, schemas[kind], faults) else ():
+            stored = shards.stored_embeddings(table["embedding"]).astype(np.float32)
+            length = np.linalg.norm(stored, axis=1)
+            names = table[table.column_names[0]].to_pylist()
+            for fault, rows in (
+                ("a value is not finite", ~np.isfinite(length)),
+                ("the vector is zero", length == 0),
+                ("not of unit length", (length != 0) & (abs(length - 1) > FAR_FROM_UNIT)),
+            ):
+                if rows.any():
+                    faults[fault] = [names[i] for i in np.flatnonzero(rows)]
+        findings += _of_file(data, room, name, "embeddings are finite, of unit length", faults)
+    return findings
+
+
+def provenance_findings(data: Path, stamps: Stamps) -> list[Finding]:
+    """Each shard of data/teacher was made from the very shard of data/images of its name."""
+    findings = []
+    files = stamps["images"]["files"]
+    for name in stamps["teacher"]["files"] if stamps["teacher"]["stage"] != IMPORTED else ():
+        source = Path(name).name
+        made = shards.provenance(data / "teacher" / name, "teacher-embed")
+        if source in files and made.get("input") != files[source]["sha256"]:
+            promise = "each stage was made from what lies there now"
+            found = f"made from another images/{source}"
+            findings.append(Finding(promise, f"teacher/{name}", found, remade(data, "teacher")))
+    return findings
+
+
+def _of_file(data: Path, room: str, name: str, promise: str, faults: dict) -> list[Finding]:
+    """One finding per kind of fault, with how many rows and an example."""
+    return [
+        Finding(promise, f"{room}/{name}", f"{fault} ({_some(rows)})", remade(data, room))
+        for fault, rows in faults.items()
+    ]
+
+
+def _some(rows: list) -> str:
+    return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'}, such as {rows[0]}"
+
+
+def tables(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
+    """A connection with views over exactly the Parquet files that stamps name."""
+    connection = duckdb.connect()
+    for table, room, prefix in (
+        ("images", "images", ""),
+        ("teacher", "teacher", "images/"),
+        ("texts", "teacher", "texts/"),
+        ("selection", "selection", ""),
+        ("student_index", "evaluation", "index/"),
+    ):
+        names = stamps[room]["files"] if room in stamps else ()
+        paths = [str(data / room / n) for n in names if n.startswith(prefix) and "parquet" in n]
+        if paths:
+            source = connection.read_parquet([p.replace("[", "[[]") for p in paths])
+            source.create_view(table)
+    return connection
