@@ -105,7 +105,8 @@ def teacher_embed(
 
 @app.command(rich_help_panel=STAGES)
 def select(params: Params = PARAMS, data: Data = DATA) -> None:
-    """Split by content and leave out duplicates and what select.where rejects, with reasons."""
+    """Split by content into data/selection; leave out, with reasons, duplicates and what
+    select.where rejects."""
     from pipeline.core.config import load_section
     from stages.select import select as run
 

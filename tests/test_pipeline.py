@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import worlds
-from checkout import Checkout
+from checkout import ROOT, Checkout
 
+README = (ROOT / "README.md").read_text()
 STUDENT = {"image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1}
 DISTILL = {"steps": 12, "batch": 16, "warmup": 2, "validate_every": 4, "precision": "float32"}
 ROOMS = ("images", "teacher", "selection", "student", "evaluation")
@@ -87,6 +89,15 @@ def test_metrics_and_plots_are_what_dvc_reads(finished):
     finished.run("dvc", "plots", "show", "--out", "plots")
     page = (finished.folder / "plots/index.html").read_text()
     assert "val_cosine" in page and "recall" in page
+
+
+def test_every_question_of_the_readme_has_an_answer(finished):
+    questions = re.findall(r"^pipeline query .*?\"$", README, re.MULTILINE | re.DOTALL)
+    assert len(questions) >= 5
+    for question in questions:
+        assert "rows)" in finished.run("bash", "-c", question), question
+    plain = re.search(r"^python -c .*duckdb.*$", README, re.MULTILINE)[0]
+    assert "count" in finished.run("bash", "-c", plain)
 
 
 def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finished):

@@ -6,8 +6,9 @@ Makes: world/images/NNNNN.jpg    one to three plain shapes anywhere on a texture
 Cost:  about 6 s.
 
 A caption lists the scene's objects ("a small red circle and a large blue ring") and no two scenes
-have the same list, whatever its order, so a caption names exactly one scene. No object hides another and no scene
-holds two objects of one colour and shape, so a box's text ("a red circle") is unambiguous.
+have the same list, whatever its order, so a caption names exactly one scene. No object hides
+another and no scene holds two objects of one colour and shape, so a box's text ("a red circle")
+is unambiguous.
 """
 
 from collections.abc import Iterator
@@ -171,7 +172,7 @@ def row_of(url: str, things: list[Thing]) -> dict:
 
 
 def draw_world(folder: Path, seed: int, count: int, size: int) -> None:
-    """Write folder/images/*.jpg and folder/scenes.parquet: the same bytes for the same arguments."""
+    """Write folder/images/*.jpg and folder/scenes.parquet: same arguments, same bytes."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (pixels, things) in enumerate(scenes(seed, count, size), start=1):
