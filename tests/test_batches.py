@@ -1,4 +1,4 @@
-"""Which rows a step sees is a pure function of its place, and every row is seen as the teacher did."""
+"""Which rows a step sees is a function of its place; each is seen as the teacher saw it."""
 
 import numpy as np
 import pytest

@@ -7,11 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+
+from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
+
+import open_clip  # isort: skip
 
 DEMO = Path(__file__).parent.parent / "manifests" / "demo"
 SIZE = 64

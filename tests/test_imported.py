@@ -196,6 +196,12 @@ def test_texts_of_another_width_than_the_images_are_refused(data, tmp_path):
         import_embeddings(data, source, teacher=TEACHER, texts=[texts])
 
 
+def test_texts_without_a_text_are_refused_with_what_was_found(data, tmp_path):
+    source = npz(tmp_path / "v.npz", image=files(), embedding=vectors(IMAGES))
+    with pytest.raises(PipelineError, match="found the columns image; expected `prompt`"):
+        import_embeddings(data, source, teacher=TEACHER, texts=[source])
+
+
 def test_unknown_layouts_and_uneven_files_are_refused_with_what_was_found(data, tmp_path):
     with pytest.raises(PipelineError, match="known layout"):
         import_embeddings(data, tmp_path, teacher=TEACHER)

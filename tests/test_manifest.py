@@ -315,5 +315,5 @@ def test_captions_of_numbers_are_refused(tmp_path):
 
 def test_an_image_id_in_python_is_the_one_in_sql():
     for url in ("http://a", "", "é\u2028", "file:a b.jpg"):
-        (found,) = duckdb.execute("SELECT substr(sha256(?), 1, 32)", [url]).fetchone()
+        ((found,),) = duckdb.execute("SELECT substr(sha256(?), 1, 32)", [url]).fetchall()
         assert image_id(url) == found

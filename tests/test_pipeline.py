@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import worlds
 from checkout import ROOT, Checkout
 
@@ -98,6 +99,26 @@ def test_every_question_of_the_readme_has_an_answer(finished):
         assert "rows)" in finished.run("bash", "-c", question), question
     plain = re.search(r"^python -c .*duckdb.*$", README, re.MULTILINE)[0]
     assert "count" in finished.run("bash", "-c", plain)
+
+
+def test_the_readmes_lines_embed_an_image_with_onnxruntime_alone(finished):
+    from pipeline import Student
+    from pipeline.data.pixels import decode, view_pixels
+    from pipeline.data.views import canonical_view
+
+    finished.run("pipeline", "export", "student.onnx")
+    jpg = worlds.picture(3, width=60, height=40, kind="JPEG", quality=95)
+    (finished.folder / "photo.jpg").write_bytes(jpg)
+    (lines,) = re.findall(r"^```python\n(import json.*?)```", README, re.MULTILINE | re.DOTALL)
+    printed = finished.run("python", "-c", lines + "print(json.dumps(embedding[0].tolist()))")
+    student = Student.load(finished.folder / "data/student")
+    seen = view_pixels(decode(jpg), canonical_view(60, 40).box, False, 32)
+    pixels = torch.from_numpy(seen.copy()).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        expected = student(student.normalise(pixels))[0][0]
+    torch.testing.assert_close(
+        torch.tensor(json.loads(printed.splitlines()[-1])), expected, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finished):

@@ -34,11 +34,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
-import pipeline.models.torchvision_guard  # noqa: F401  (before open_clip)
+from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
 
-# isort: split
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
-from open_clip.model import CLIP
+from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer  # isort: skip
 
 HERE = Path(__file__).parent
 WEIGHTS = "open_clip_model.safetensors"

@@ -1,17 +1,14 @@
-"""Do the files of data/ keep their promises? What stamps, shards and SQL can say without a model.
+"""What stamps, files and rows of data/ say of themselves, a row group at a time; writes nothing.
 
-Reads every byte of every finished stage once, a row group at a time, and writes nothing. A file
-whose bytes are not those of its stamp is one finding, and nothing further is asked of its room:
-the answer would only be that the file is damaged.
+`pipeline.data.questions` asks what needs several files at once, `pipeline.evaluation.verify` what
+needs a model.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -170,7 +167,8 @@ def image_findings(data: Path, stamp: dict, progress: Progress, workers: int) ->
     if not findings and counts != stamp["summary"].get("rows"):
         found = f"{counts}, when finished {stamp['summary'].get('rows')}"
         promise = "as many rows as the manifest has"
-        findings.append(Finding(promise, "images", found, remade(data, "images")))
+        place = f"images/{STAMP_FILE}"
+        findings.append(Finding(promise, place, found, remade(data, "images")))
     return findings
 
 
@@ -215,19 +213,20 @@ def vector_findings(data: Path, room: str, stamp: dict, size: int) -> list[Findi
         "texts": shards.texts_schema(size),
         "index": shards.index_schema(size),
     }
-    inputs = stamp["recipe"].get("inputs", {})
-    del inputs
     for name in stamp["files"]:
         kind, path, faults = name.split("/")[0], data / room / name, {}
         if not name.endswith(".parquet"):
             continue
         for table in _groups(path) if _has_schema(path, schemas[kind], faults) else ():
+            if table["embedding"].null_count:
+                faults["there is no vector"] = [table["embedding"].null_count]
+                continue
             stored = shards.stored_embeddings(table["embedding"]).astype(np.float32)
             length = np.linalg.norm(stored, axis=1)
             names = table[table.column_names[0]].to_pylist()
             for fault, rows in (
-                ("a value is not finite", ~np.isfinite(length)),
-                ("the vector is zero", length == 0),
+                ("not finite", ~np.isfinite(length)),
+                ("zero", length == 0),
                 ("not of unit length", (length != 0) & (abs(length - 1) > FAR_FROM_UNIT)),
             ):
                 if rows.any():
@@ -260,21 +259,3 @@ def _of_file(data: Path, room: str, name: str, promise: str, faults: dict) -> li
 
 def _some(rows: list) -> str:
     return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'}, such as {rows[0]}"
-
-
-def tables(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
-    """A connection with views over exactly the Parquet files that stamps name."""
-    connection = duckdb.connect()
-    for table, room, prefix in (
-        ("images", "images", ""),
-        ("teacher", "teacher", "images/"),
-        ("texts", "teacher", "texts/"),
-        ("selection", "selection", ""),
-        ("student_index", "evaluation", "index/"),
-    ):
-        names = stamps[room]["files"] if room in stamps else ()
-        paths = [str(data / room / n) for n in names if n.startswith(prefix) and "parquet" in n]
-        if paths:
-            source = connection.read_parquet([p.replace("[", "[[]") for p in paths])
-            source.create_view(table)
-    return connection

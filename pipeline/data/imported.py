@@ -6,6 +6,9 @@ arrays of names beside it. Vectors find their images by url, else by file name, 
 file name without its ending, or the image_id). Only view 0 exists then: nobody has seen crops.
 
 Cost: two reads of the vectors, which stay on disk; the memory is that of the names.
+
+With DVC: `dvc freeze teacher_embed`, and `dvc repro` takes data/teacher as it lies there instead of
+making it anew. `pipeline teacher-embed` itself never replaces it.
 """
 
 import re
@@ -255,6 +258,11 @@ def _text_places(
     counts = {"texts": 0, "repeated texts": 0, "texts without image": 0}
     for place in _all_places(parts):
         part, row = place
+        if not part.columns.keys() & {*TEXTS}:
+            raise PipelineError(
+                f"{part.source}: found the columns {', '.join(part.columns)}; expected `prompt`, or "
+                "`caption` beside a name of its image."
+            )
         if "prompt" in part.columns:
             group, text = prompts, part.columns["prompt"][row]
         else:

@@ -75,7 +75,9 @@ class Trainer:
         with torch.autocast(
             ranks.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
         ):
-            own = self.student.embeddings_for_loss(pixels)  # (T, b, E)
+            # a rank none of whose rows decodes takes part in the sums all the same
+            shown = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
+            own = self.student.embeddings_for_loss(shown)[:, : len(pixels)]  # (T, b, E)
         student = ranks.gather(own.transpose(0, 1)).transpose(0, 1)  # (T, B, E)
         target = ranks.gather(targets)
         texts = ranks.gather(torch.from_numpy(batch.texts).to(ranks.device))
@@ -180,7 +182,7 @@ class Trainer:
             group["lr"] = rate
 
     def _noisy(self, pixels: Tensor, places: np.ndarray) -> Tensor:
-        """Brightness and contrast noise for the student alone: a function of seed, step and place."""
+        """Brightness and contrast noise for the student: a function of seed, step and place."""
         amount = self.config.noise
         if not amount:
             return pixels

@@ -1,0 +1,240 @@
+"""Promises about sets of rows, asked of DuckDB: rows in = rows out, one split per content, ...
+
+Each question selects what breaks a promise, so that the right answer is no rows. DuckDB spills to
+disk, so memory stays bounded however many shards there are.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import numpy as np
+
+from pipeline.core.provenance import digest
+from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
+from pipeline.data.pixels import decode, view_pixels
+
+TABLES = {  # table -> (room, prefix of its files)
+    "images": ("images", ""),
+    "teacher": ("teacher", "images/"),
+    "texts": ("teacher", "texts/"),
+    "selection": ("selection", ""),
+    "student_index": ("evaluation", "index/"),
+}
+SAME_PIXELS = 1.0  # mean difference, of 255, below which two crops show the same
+GROUPS = 100  # of equal embeddings that are looked at
+
+
+class Question(NamedTuple):
+    """sql selects one name per row that breaks the promise."""
+
+    promise: str
+    room: str  # to be made anew
+    tables: tuple[str, ...]
+    sql: str
+
+
+ALWAYS = [
+    Question(
+        "row_id is unique",
+        "images",
+        ("images",),
+        "SELECT row_id FROM images GROUP BY row_id HAVING count(*) > 1",
+    ),
+    Question(
+        "an image is fetched once",
+        "images",
+        ("images",),
+        "SELECT image_id FROM images WHERE status = 'ok' GROUP BY image_id HAVING count(*) > 1",
+    ),
+    Question(
+        "a view is embedded once",
+        "teacher",
+        ("teacher",),
+        "SELECT image_id FROM teacher GROUP BY image_id, view HAVING count(*) > 1",
+    ),
+    Question(
+        "a teacher row is of a good image's very JPEG",
+        "teacher",
+        ("images", "teacher"),
+        "SELECT image_id FROM teacher ANTI JOIN (FROM images WHERE status = 'ok') "
+        "USING (image_id, sha256)",
+    ),
+    Question(
+        "crop boxes lie inside their images",
+        "teacher",
+        ("images", "teacher"),
+        "SELECT image_id FROM teacher JOIN images USING (image_id) WHERE status = 'ok' AND NOT "
+        'coalesce(0 <= "left" AND "left" < "right" AND "right" <= width '
+        "AND 0 <= top AND top < bottom AND bottom <= height, false)",
+    ),
+    Question(
+        "a text is embedded once",
+        "teacher",
+        ("texts",),
+        "SELECT text FROM texts GROUP BY text_id, text HAVING count(*) > 1",
+    ),
+    Question(
+        "every image is selected or left out, once",
+        "selection",
+        ("images", "selection"),
+        "SELECT image_id FROM (SELECT DISTINCT image_id, 1 AS n FROM images) a "
+        "FULL JOIN (SELECT image_id, count(*) AS n FROM selection GROUP BY image_id) b "
+        "USING (image_id) WHERE a.n IS DISTINCT FROM b.n",
+    ),
+    Question(
+        "what is left out has a reason, what is kept a split",
+        "selection",
+        ("selection",),
+        "SELECT image_id FROM selection WHERE keep IS NULL OR keep <> (reason IS NULL) "
+        "OR (keep AND coalesce(split NOT IN ('train', 'val', 'test'), true))",
+    ),
+    Question(
+        "a duplicate names the image that is kept for it",
+        "selection",
+        ("selection",),
+        "SELECT image_id FROM selection a WHERE duplicate_of IS NOT NULL AND NOT EXISTS "
+        "(FROM selection b WHERE b.image_id = a.duplicate_of AND b.keep)",
+    ),
+    Question(
+        "a content is in one split",
+        "selection",
+        ("images", "selection"),
+        "SELECT min(image_id) FROM images JOIN selection USING (image_id) WHERE status = 'ok' "
+        "GROUP BY sha256_original HAVING count(DISTINCT split) > 1",
+    ),
+    Question(
+        "a content is kept once",
+        "selection",
+        ("images", "selection"),
+        "SELECT min(image_id) FROM images JOIN selection USING (image_id) "
+        "WHERE status = 'ok' AND keep GROUP BY sha256_original HAVING count(DISTINCT image_id) > 1",
+    ),
+    Question(
+        "every kept image is good and has a vector",
+        "selection",
+        ("images", "teacher", "selection"),
+        "SELECT image_id FROM selection ANTI JOIN (SELECT image_id FROM images JOIN teacher "
+        "USING (image_id) WHERE status = 'ok' AND view = 0) USING (image_id) WHERE keep",
+    ),
+    Question(
+        "the index holds exactly the kept images",
+        "evaluation",
+        ("selection", "student_index"),
+        "SELECT image_id FROM (SELECT image_id, 1 AS n FROM selection WHERE keep) a FULL JOIN "
+        "(SELECT image_id, count(*) AS n FROM student_index GROUP BY image_id) b "
+        "USING (image_id) WHERE a.n IS DISTINCT FROM b.n",
+    ),
+]
+
+EMBEDDED = [  # of a teacher that ran here
+    Question(
+        "every good image has every view",
+        "teacher",
+        ("images", "teacher"),
+        "SELECT image_id FROM (SELECT image_id, unnest(range($views))::INT AS view FROM images "
+        "WHERE status = 'ok') ANTI JOIN teacher USING (image_id, view)",
+    ),
+    Question(
+        "every caption is embedded",
+        "teacher",
+        ("images", "texts"),
+        "SELECT text FROM (SELECT image_id, unnest(captions) AS text FROM images) "
+        "ANTI JOIN texts USING (image_id, text)",
+    ),
+    Question(
+        "every text of a box is embedded",
+        "teacher",
+        ("images", "texts"),
+        "SELECT DISTINCT text FROM (SELECT unnest(boxes).text AS text FROM images) ANTI JOIN "
+        "(FROM texts WHERE image_id IS NULL) USING (text) WHERE trim(text) <> ''",
+    ),
+]
+
+OF_OTHERS = [  # of imported embeddings
+    Question(
+        "a good image without a vector is left out as `no embedding`",
+        "selection",
+        ("images", "teacher", "selection"),
+        "SELECT image_id FROM images ANTI JOIN teacher USING (image_id) ANTI JOIN "
+        "(FROM selection WHERE reason = 'no embedding') USING (image_id) WHERE status = 'ok'",
+    ),
+]
+
+
+def connection_over(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
+    """A connection with a view over exactly the Parquet files that the stamps name, per table."""
+    connection = duckdb.connect(config={"temp_directory": tempfile.gettempdir()})
+    for table, (room, prefix) in TABLES.items():
+        names = stamps[room]["files"] if room in stamps else ()
+        shards = [name for name in names if name.startswith(prefix) and name.endswith(".parquet")]
+        if shards:
+            paths = [str(data / room / name) for name in shards]
+            connection.read_parquet(paths).create_view(table)
+    return connection
+
+
+def set_findings(
+    data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection
+) -> Iterator[Finding]:
+    """One finding per question whose answer is not empty. stamps: of sound rooms only."""
+    questions = list(ALWAYS)
+    if "teacher" in stamps:
+        questions += OF_OTHERS if stamps["teacher"]["stage"] == IMPORTED else EMBEDDED
+        parameters = {"views": stamps["teacher"]["summary"]["views"]}
+    for question in questions:
+        if not all(TABLES[table][0] in stamps for table in question.tables):
+            continue
+        mine = parameters if "$views" in question.sql else None
+        sql = f"SELECT count(*), min(name) FROM ({question.sql}) AS broken(name)"
+        try:
+            count, example = connection.execute(sql, mine).fetchone()
+            found = f"not so for {count}, such as {example}"
+        except duckdb.Error as error:
+            count, found = 1, str(error).strip().splitlines()[0]
+        if count:
+            yield Finding(question.promise, question.room, found, remade(data, question.room))
+    if {"images", "teacher"} <= stamps.keys():
+        yield from _repeated(data, stamps, connection)
+        yield from _prompts(data, stamps, connection)
+
+
+def _prompts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+    """The embedded prompts are those that the recipe names by their digest."""
+    expected = stamps["teacher"]["recipe"].get("prompts")
+    sql = "SELECT text FROM texts WHERE image_id IS NULL"
+    found = sorted(text for (text,) in connection.execute(sql).fetchall())
+    if expected and digest(found) != expected:
+        found = f"{len(found)} prompts that are not those of the recipe"
+        yield Finding("every prompt is embedded", "teacher", found, remade(data, "teacher"))
+
+
+REPEATED = """
+SELECT list(struct_pack(image_id, "left", top, "right", bottom, flip) ORDER BY sha256)[:8]
+FROM teacher GROUP BY hash(embedding) HAVING min(sha256) <> max(sha256) LIMIT $groups
+"""
+
+
+def _repeated(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+    """One vector for two images means that one was not embedded, unless they look the same."""
+    how = stamps["teacher"]["summary"]["preprocessing"]
+    wrong = []
+    for (rows,) in connection.execute(REPEATED, {"groups": GROUPS}).fetchall():
+        first, *others = (_seen(connection, row, how) for row in rows)
+        if any(np.abs(first - other).mean() > SAME_PIXELS for other in others):
+            wrong.append(f"{rows[0]['image_id']} and {rows[-1]['image_id']}")
+    if wrong:
+        found = f"{len(wrong)} vectors belong to several contents, such as {wrong[0]}"
+        promise = "different images have different vectors"
+        yield Finding(promise, "teacher", found, remade(data, "teacher"))
+
+
+def _seen(connection, row: dict, how: dict) -> np.ndarray:
+    """(S, S, 3) float32 in [0, 255]: what the teacher saw."""
+    sql = "SELECT jpg FROM images WHERE image_id = ? AND status = 'ok'"
+    image = decode(connection.execute(sql, [row["image_id"]]).fetchone()[0])
+    box = row["left"], row["top"], row["right"], row["bottom"]
+    size, interpolation = how["image_size"], how["interpolation"]
+    return view_pixels(image, box, row["flip"], size, interpolation).astype(np.float32)

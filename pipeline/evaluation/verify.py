@@ -1,0 +1,184 @@
+"""data/ -> findings: every promise of the pipeline, checked on what lies there. Writes nothing.
+
+Cost: one read of every byte, one decode of every JPEG; `recompute` embeds some rows again.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.core.errors import PipelineError
+from pipeline.data import audit
+from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
+from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.questions import connection_over, set_findings
+from pipeline.models.student import Student, read_card
+
+FAITHFUL = 0.999  # least cosine of a stored vector to the one that is computed again
+BLOCK = 16**8  # a row is in the sample if the first 8 digits of its id fall below a share of it
+
+
+def verify(
+    data: Path,
+    *,
+    recompute: float = 0.0,
+    card: Path | None = None,
+    device: str = "cpu",
+    workers: int = 2,
+) -> list[Finding]:
+    """Everything in data/ that is not as promised; nothing where all is well.
+
+    recompute: share of images and texts, in (0, 1], that the teacher of `card` embeds again (at
+    least one of each); the same share means the same rows. workers: threads that decode.
+    Rooms whose stage has not run are passed over; of a damaged room only the damage is reported.
+
+    Raises PipelineError: nothing there at all, and recomputing without the teacher that was used.
+    """
+    stamps, findings = audit.read_stamps(data)
+    if not stamps and not findings:
+        raise PipelineError(f"{data} holds no finished stage. Run `dvc repro` first.")
+    teacher = None
+    if recompute and "teacher" in stamps:  # before the long work
+        teacher = _teacher(stamps["teacher"], card, device)
+    total = sum(entry["bytes"] for stamp in stamps.values() for entry in stamp["files"].values())
+    decoded = sum(entry["bytes"] for entry in stamps.get("images", {"files": {}})["files"].values())
+    with tqdm(total=total + decoded, unit="B", unit_scale=True, desc="verify") as bar:
+        findings += audit.file_findings(data, stamps, bar.update)
+        findings += audit.chain_findings(data, stamps) + audit.leftover_findings(data)
+        sound = _sound(stamps, findings)
+        if "images" in sound:
+            findings += audit.image_findings(data, sound["images"], bar.update, workers)
+    if "teacher" in sound:
+        size = sound["teacher"]["summary"]["embedding_size"]
+        for room in sound.keys() & {"teacher", "evaluation"}:
+            findings += audit.vector_findings(data, room, sound[room], size)
+        if "images" in sound:
+            findings += audit.provenance_findings(data, sound)
+    findings += [*_student(data, sound), *_figures(data, sound)]
+    sound = _sound(sound, findings)
+    connection = connection_over(data, sound)
+    findings += set_findings(data, sound, connection)
+    if teacher and {"images", "teacher"} <= sound.keys():
+        findings += _recomputed(data, sound["teacher"], connection, recompute, teacher)
+    return findings
+
+
+def findings_text(findings: list[Finding], form: str) -> str:
+    """What `pipeline verify` prints. form: table, or json (a list of objects)."""
+    if form == "json":
+        return json.dumps([finding._asdict() for finding in findings], indent=2)
+    if form != "table":
+        raise PipelineError(f"--format {form}: there are table, json.")
+    if not findings:
+        return "every promise is kept"
+    blocks = [f"{f.place}: {f.promise}\n  found: {f.found}\n  run:   {f.run}" for f in findings]
+    return "\n".join([*blocks, f"{len(findings)} promises are broken"])
+
+
+def _sound(stamps: Stamps, findings: list[Finding]) -> Stamps:
+    """Rooms with no finding inside a file: of the others SQL would only repeat the damage."""
+    inside = {f.place.split("/")[0] for f in findings if "/" in f.place}
+    return {room: stamp for room, stamp in stamps.items() if room not in inside}
+
+
+def _student(data: Path, stamps: Stamps) -> Iterator[Finding]:
+    """The student loads, is finite, and is the one that its recipe describes."""
+    if "student" not in stamps:
+        return
+    promise, room = "the student loads, is finite and fits its recipe", data / "student"
+    try:
+        student, card = Student.load(room), read_card(room)
+    except PipelineError as error:
+        yield Finding(promise, "student", str(error), remade(data, "student"))
+        return
+    faults = [
+        f"{name} is not finite"
+        for name, x in student.state_dict().items()
+        if not x.isfinite().all()
+    ]
+    if student.config.model_dump() != stamps["student"]["recipe"]["config"]["student"]:
+        faults.append("its config.json describes another student than its recipe")
+    if card["provenance"].get("stamp") != stamps["student"]["stamp"]:
+        faults.append("its config.json names another run than its stamp")
+    for fault in faults[:1]:
+        yield Finding(promise, "student", fault, remade(data, "student"))
+
+
+def _figures(data: Path, stamps: Stamps) -> Iterator[Finding]:
+    """Figures of fidelity stand beside floor and ceiling."""
+    if "evaluation" not in stamps:
+        return
+    figures = json.loads((data / "evaluation/metrics.json").read_text())
+    for name, figure in figures.get("fidelity", {}).items():
+        if not figure.keys() >= {"value", "floor", "ceiling"}:
+            promise = "every figure of fidelity stands beside its floor and its ceiling"
+            found = f"{name} has {', '.join(figure)}"
+            yield Finding(promise, "evaluation", found, remade(data, "evaluation"))
+
+
+IMAGES = """
+SELECT image_id, embedding, jpg, "left", top, "right", bottom, flip FROM teacher
+JOIN images USING (image_id) WHERE status = 'ok' AND {sampled}
+"""
+TEXTS = "SELECT text_id, embedding, text FROM texts WHERE {sampled}"
+
+
+def _recomputed(data: Path, stamp: dict, connection, share: float, teacher) -> Iterator[Finding]:
+    """Stored vectors against the teacher's own, with the batch size and dtype of the run."""
+
+    def embed_images(rows: list[tuple]) -> np.ndarray:
+        size, how = teacher.image_size, teacher.interpolation
+        pixels = np.zeros((batch, size, size, 3), np.uint8)
+        for i, (jpg, *box, flip) in enumerate(row[2:] for row in rows):
+            pixels[i] = view_pixels(decode(jpg), tuple(box), flip, size, how)
+        return teacher.embed_images(pixels)
+
+    def embed_texts(rows: list[tuple]) -> np.ndarray:
+        return teacher.embed_texts([*(row[2] for row in rows), *[""] * (batch - len(rows))])
+
+    batch, size = stamp["recipe"]["batch"], teacher.image_size
+    grey = np.full((1, size, size, 3), 128, np.uint8)
+    teacher.use(getattr(torch, stamp["recipe"]["dtype"]), grey, ["a photo"])
+    for table, key, sql, embed in (
+        ("teacher", "image_id", IMAGES, embed_images),
+        ("texts", "text_id", TEXTS, embed_texts),
+    ):
+        sampled = f"({key} < $end OR {key} = (SELECT min({key}) FROM {table}))"
+        end = f"{int(share * BLOCK):08x}" if share < 1 else "g"  # ids are hexadecimal
+        result = connection.cursor().execute(sql.format(sampled=sampled), {"end": end})
+        cosines: list[tuple[str, float]] = []
+        while rows := result.fetchmany(batch):
+            stored = np.array([row[1] for row in rows], np.float32)
+            stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+            found = (embed(rows)[: len(rows)] * stored).sum(axis=1)
+            cosines += [(row[0], float(x)) for row, x in zip(rows, found, strict=True)]
+        if wrong := [(cosine, name) for name, cosine in cosines if not cosine > FAITHFUL]:
+            promise = "a stored vector is what the teacher says of its pixels or text"
+            found = f"{len(wrong)} of {len(cosines)} rows of {table} differ, such as "
+            found += "{1}: cosine {0:.4f}".format(*min(wrong))
+            yield Finding(promise, "teacher", found, remade(data, "teacher"))
+
+
+def _teacher(stamp: dict, card: Path | None, device: str):
+    """The teacher that the stamp names. Raises PipelineError for any other."""
+    from pipeline.core.devices import pick_device
+    from pipeline.models.card import read_card as read_teacher_card
+    from pipeline.models.teacher import Teacher, teacher_recipe
+
+    if stamp["stage"] == IMPORTED:
+        raise PipelineError(
+            "data/teacher was imported: batch size and dtype of its vectors are not known, so they "
+            "cannot be computed again. Run `pipeline verify` without --recompute."
+        )
+    if card is None:
+        raise PipelineError("--recompute needs the teacher: name its card with --card.")
+    if teacher_recipe(read_teacher_card(card), card) != stamp["recipe"]["teacher"]:
+        raise PipelineError(
+            f"{card} names another teacher than data/teacher was made with "
+            f"({stamp['recipe']['teacher']['card']['name']}). Name that one's card with --card."
+        )
+    return Teacher(card, pick_device(device))

@@ -1,0 +1,249 @@
+"""Training goes on from a checkpoint as if nothing had happened; its parts do what they say."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import stored
+import torch
+import worlds
+
+from pipeline.core.errors import PipelineError
+from pipeline.models.student import Student
+from pipeline.training.batches import Batch, Epochs, Rows, batches_of, training_batches
+from pipeline.training.loop import Trainer, smooth_filters
+from pipeline.training.ranks import Ranks
+
+EVERYTHING = {"mixup": 1.0, "jitter": 0.5, "smooth_stem": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored")
+    stored.write_data(folder)
+    return folder
+
+
+def trainer(config) -> Trainer:
+    torch.manual_seed(config.seed)
+    mean = np.full(stored.SIZE, 0.01, np.float32)
+    return Trainer(config, Student(config.student), mean, Ranks(torch.device("cpu")))
+
+
+def train(found: Trainer, data, stop: int) -> list[float]:
+    """Steps from where a trainer stands to stop; returns the losses."""
+    config = found.config
+    rows = Rows(data, "train", 32, "bicubic", views=2, captions=True, window=config.window)
+    epochs = Epochs(rows, config.seed, config.batch, config.window)
+    steps = training_batches(epochs, found.step, stop, workers=1, jitter=config.jitter)
+    return [found.train_step(batch)["loss"] for batch in steps]
+
+
+def held_out(data):
+    rows = Rows(data, "val", 32, "bicubic")
+    return batches_of(rows, range(len(rows)), 4, workers=1)
+
+
+def batch(count: int, places=None, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    targets = rng.normal(size=(count, stored.SIZE)).astype(np.float32)
+    return Batch(
+        ids=[str(i) for i in range(count)],
+        pixels=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
+        targets=targets / np.linalg.norm(targets, axis=1, keepdims=True),
+        texts=np.zeros((count, stored.SIZE), np.float32),
+        places=np.arange(count) if places is None else np.array(places),
+        lost=[],
+    )
+
+
+def assert_equal(a: Trainer, b: Trainer) -> None:
+    for x, y in ((a.student, b.student), (a.averaged_student(), b.averaged_student())):
+        assert all(torch.equal(p, q) for p, q in zip(x.parameters(), y.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("extra", [{}, EVERYTHING])
+@pytest.mark.parametrize("ended_at", [1, 5, 9])
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
+    data, tmp_path, ended_at, extra, schedule
+):
+    config = stored.distill_config(schedule=schedule, **extra)
+    undisturbed = trainer(config)
+    losses = train(undisturbed, data, ended_at)
+    undisturbed.validate(held_out(data))
+    undisturbed.save(tmp_path / "checkpoint.pt")
+    losses += train(undisturbed, data, config.steps)
+    resumed = trainer(config)
+    resumed.restore(tmp_path / "checkpoint.pt")
+    assert resumed.step == ended_at
+    assert train(resumed, data, config.steps) == losses[ended_at:]
+    assert_equal(resumed, undisturbed)
+
+
+def test_two_runs_of_one_configuration_are_equal_and_another_seed_is_not(data):
+    config = stored.distill_config(**EVERYTHING)
+    first, second = trainer(config), trainer(config)
+    losses = train(first, data, 6)
+    assert train(second, data, 6) == losses
+    assert_equal(first, second)
+    assert train(trainer(stored.distill_config(seed=1, **EVERYTHING)), data, 6) != losses
+
+
+def test_a_torn_checkpoint_is_refused_by_name(data, tmp_path):
+    found = trainer(stored.distill_config())
+    path = tmp_path / "checkpoint.pt"
+    found.save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(PipelineError, match=r"checkpoint\.pt cannot be resumed from"):
+        found.restore(path)
+
+
+def test_a_student_learns_the_targets_of_a_batch_that_it_sees_again_and_again():
+    loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0}
+    config = stored.distill_config(loss=loss, steps=200, noise=0.0, learning_rate=0.01, ema=0.0)
+    found, same = trainer(config), batch(8)
+    losses = [found.train_step(same)["loss"] for _ in range(200)]
+    assert losses[-1] < losses[0] / 4
+
+
+def test_a_loss_that_is_not_finite_is_refused_before_any_weight_changes():
+    found = trainer(stored.distill_config())
+    before = [p.clone() for p in found.student.parameters()]
+    bad = batch(8)
+    bad.targets[3] = np.nan
+    with pytest.raises(PipelineError, match=r"the loss is nan at step 0.*learning_rate"):
+        found.train_step(bad)
+    assert all(torch.equal(p, q) for p, q in zip(found.student.parameters(), before, strict=True))
+
+
+def test_a_batch_of_which_nothing_decodes_is_refused():
+    found = trainer(stored.distill_config(mixup=1.0))
+    with pytest.raises(PipelineError, match="none of the 8 images of step 0 decodes"):
+        found.train_step(batch(0, places=np.zeros(0, np.int64)))
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine():
+    config = stored.distill_config(steps=20, warmup=4, learning_rate=0.01)
+    found = trainer(config)
+    rates = [found.train_step(batch(8))["learning_rate"] for _ in range(20)]
+    wanted = [0.01 * (s + 1) / 4 for s in range(4)]
+    wanted += [0.005 * (1 + math.cos(math.pi * (s - 4) / 16)) for s in range(4, 20)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_averaged_weights_start_as_the_weights_and_lag_behind_them():
+    found = trainer(stored.distill_config(ema=0.9))
+    start = [p.clone() for p in found.student.parameters()]
+    for _ in range(12):
+        found.train_step(batch(8))
+    for old, new, mean in zip(
+        start, found.student.parameters(), found.averaged_student().parameters(), strict=True
+    ):
+        if not torch.equal(old, new):
+            assert not torch.equal(mean, new)
+            assert (mean - new).norm() < (old - new).norm()
+
+
+def test_validation_gives_the_cosine_beside_that_of_the_mean(data):
+    found = trainer(stored.distill_config(ema=0.0))
+    figures = found.validate(held_out(data))
+    student, cosines, floors = found.averaged_student(), [], []
+    for part in held_out(data):
+        with torch.inference_mode():
+            vectors = student(found.normalised(part.pixels))[0].numpy()
+        cosines += list((vectors * part.targets).sum(1) / np.linalg.norm(vectors, axis=1))
+        floors += list(part.targets @ np.full(stored.SIZE, stored.SIZE**-0.5))
+    assert figures["val_cosine"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert figures["val_floor"] == pytest.approx(np.mean(floors), abs=1e-5)
+
+
+def test_mixup_overlays_neighbours_and_their_targets_with_the_same_shares():
+    found, whole = trainer(stored.distill_config(mixup=1.0)), batch(8)
+    pixels = found.normalised(whole.pixels)
+    targets = torch.from_numpy(whole.targets)
+    mixed, mixed_targets = found._mixed(pixels, targets, whole.places)
+    for i in range(8):
+        own, other = pixels[i].flatten(), pixels[i ^ 1].flatten()
+        share = ((mixed[i].flatten() - other) @ (own - other) / (own - other).square().sum()).item()
+        assert 0.5 <= share <= 1
+        assert torch.allclose(mixed[i].flatten(), share * own + (1 - share) * other, atol=1e-4)
+        wanted = share * targets[i] + (1 - share) * targets[i ^ 1]
+        assert torch.allclose(mixed_targets[i], wanted / wanted.norm(), atol=1e-4)
+
+
+def test_mixup_does_not_depend_on_who_else_decodes_or_on_ranks():
+    """Rows 2 and 5 are missing: 3 and 4, their neighbours, stay as they are."""
+    found, whole = trainer(stored.distill_config(mixup=1.0)), batch(8)
+    pixels, targets = found.normalised(whole.pixels), torch.from_numpy(whole.targets)
+    everyone = found._mixed(pixels, targets, whole.places)[0]
+    places = np.array([0, 1, 3, 4, 6, 7])
+    some = found._mixed(pixels[places], targets[places], places)[0]
+    for at, place in enumerate(places):
+        wanted = pixels[place] if place in (3, 4) else everyone[place]
+        assert torch.equal(some[at], wanted)
+    half = found._mixed(pixels[4:], targets[4:], whole.places[4:])[0]
+    assert torch.equal(half, everyone[4:])
+
+
+def test_mixup_with_an_odd_share_is_refused():
+    with pytest.raises(PipelineError, match=r"mixup pairs images, and 7 a rank is odd"):
+        trainer(stored.distill_config(mixup=1.0, batch=7))
+
+
+def test_smooth_filters_hold_no_frequency_above_their_count():
+    """Seen by an orthonormal cosine transform along both axes, built from its definition."""
+    side, count = 16, 5
+    filters = smooth_filters(40, side, count, seed=0)
+    assert filters.shape == (40, 3, side, side)
+    assert filters.flatten(1).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-5)
+    k, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    cosine = torch.cos(torch.pi * k * (x + 0.5) / side)
+    spectrum = (cosine @ filters @ cosine.T).abs().amax(dim=(0, 1))  # (side, side)
+    high = k + x >= count
+    assert spectrum[high].max() < 1e-4 < 1e-2 < spectrum[~high].min()
+
+
+def test_a_smooth_stem_stays_as_it_is_and_a_learned_one_does_not(data):
+    for count in (0, 4):
+        found = trainer(stored.distill_config(smooth_stem=count))
+        before = found.student.conv1.weight.clone()
+        train(found, data, 3)
+        assert torch.equal(found.student.conv1.weight, before) == bool(count)
+
+
+def test_a_stem_of_more_frequencies_than_a_patch_has_is_refused():
+    with pytest.raises(ValueError, match="smooth_stem 9 is more than"):
+        stored.distill_config(smooth_stem=9)
+
+
+def test_a_resume_with_other_parameters_starts_afresh(small_world, tmp_path, monkeypatch):
+    """What an interrupted run left behind does not reach into the next one's weights."""
+    from stages.distill import distill
+    from stages.select import select
+
+    weights = {}
+    for name in ("interrupted", "undisturbed"):
+        data = tmp_path / name
+        for room in ("images", "teacher"):
+            shutil.copytree(small_world.data / room, data / room)
+        select(worlds.select_config(), data)
+        if name == "interrupted":
+            step = Trainer.train_step
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Trainer, "train_step", _interrupted_after(step, 6))
+                distill(stored.distill_config(), data, device="cpu")
+            assert list(data.glob(".work/distill/*/checkpoint.pt"))
+        distill(stored.distill_config(learning_rate=0.001), data, device="cpu")
+        weights[name] = (data / "student/model.safetensors").read_bytes()
+    assert weights["interrupted"] == weights["undisturbed"]
+
+
+def _interrupted_after(step, count: int):
+    def train_step(self, batch):
+        if self.step == count:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    return train_step
