@@ -45,10 +45,13 @@ def teacher_embed(
             "teacher": teacher_recipe(read_card(card_path), card_path),
             "dtype": str(dtype).removeprefix("torch."),
             "batch": config.batch,
-            "versions": {"pixels": pixels.VERSION, "shards": shards.VERSION},
+            "versions": {
+                "pixels": pixels.VERSION,
+                "shards": shards.VERSION,
+                "views": views.VERSION,
+            },
         }
         crops = config.model_dump(include={"crop_area", "crop_ratio", "seed"})
-        crops["version"] = views.VERSION
         prompts = {*read_prompts(Path(config.prompts)), *box_texts(data / "images")}
         recipe = vectors | {"crops": crops, "views": config.views}
         prompts = sorted(prompts)
@@ -112,7 +115,8 @@ def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
         )
         for row in table.slice(0, 4 * PROBE).to_pylist():
             if row["status"] == "ok" and len(found) < PROBE:
-                box = views.canonical_view(row["width"], row["height"], teacher.resize_mode).box
+                size = row["width"], row["height"]
+                box = views.canonical_view(*size, teacher.resize_mode, teacher.image_size).box
                 image = pixels.decode(row["jpg"])
                 found.append(pixels.view_pixels(image, box, False, teacher.image_size))
                 texts += row["captions"][:1]

@@ -12,7 +12,7 @@ import pytest
 import worlds
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import STAMP_FILE, read_stamp
+from pipeline.core.provenance import read_stamp
 from pipeline.data import ledger, shards
 from stages.select import QUERY, select
 

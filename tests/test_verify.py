@@ -1,6 +1,7 @@
 """`pipeline verify` finds each broken promise, and nothing in a world that keeps them all."""
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,46 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import worlds
+from finished import finished_world  # noqa: F401  # a fixture
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipeline.core.config import DistillConfig, EvaluateConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import STAMP_FILE, content, digest, file_digest
 from pipeline.data import audit, shards
 from pipeline.evaluation.verify import findings_text, verify
-
-STUDENT = {
-    "image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1,
-    "neighbourhood_mask": True, "same_norm": True, "pool": "extra-head", "temperature": 1.0,
-}  # fmt: skip
-
-
-def distill_config(**changes) -> DistillConfig:
-    import yaml
-
-    demo = yaml.safe_load(
-        (Path(__file__).parents[1] / "pipeline/core/presets/demo.yaml").read_text()
-    )
-    few = {"steps": 4, "batch": 16, "warmup": 1, "validate_every": 2, "precision": "float32"}
-    return DistillConfig(**demo["distill"] | few | {"student": STUDENT} | changes)
-
-
-@pytest.fixture(scope="session")
-def finished_world(small_world, tmp_path_factory) -> Path:
-    """data/ of the small world after select, distill and evaluate."""
-    from stages.distill import distill
-    from stages.evaluate import evaluate
-    from stages.select import select
-
-    data = tmp_path_factory.mktemp("finished") / "data"
-    shutil.copytree(small_world.data, data)
-    select(worlds.select_config(), data)
-    distill(distill_config(), data, device="cpu", workers=1)
-    evaluate(
-        EvaluateConfig(split="test", batch=16, prompts=["a red circle"]), data, device="cpu",
-        workers=1,
-    )  # fmt: skip
-    return data
 
 
 @pytest.fixture
@@ -412,34 +381,35 @@ def test_one_vector_for_two_different_pictures_is_found(data):
     assert promises(data) == ["different images have different vectors"]
 
 
-def test_one_vector_for_two_files_that_look_the_same_is_no_finding(tmp_path, tiny_teacher):
-    from stages.download import download
-    from stages.teacher_embed import teacher_embed
+def test_one_vector_for_two_files_that_look_the_same_is_no_finding(data):
+    """White pictures of two widths differ in bytes and agree in what the teacher saw."""
+    white = {}
 
-    for i, width in enumerate((40, 44, 48)):
-        (tmp_path / f"{i}.jpg").write_bytes(blank(width))
-    manifest = worlds.write_manifest(
-        tmp_path / "manifest.csv", [{"url": f"file:{i}.jpg"} for i in range(3)]
-    )
-    (tmp_path / "prompts.txt").write_text("")
-    data = tmp_path / "data"
-    download(worlds.download_config(manifest, tmp_path), data, processes=1, threads=2)
-    config = worlds.teacher_config(tiny_teacher, tmp_path / "prompts.txt", views=1)
-    teacher_embed(config, data, device="cpu", workers=1)
-    vectors = [
-        tuple(vector)
-        for path in (data / "teacher/images").glob("*.parquet")
-        for vector in pq.read_table(path)["embedding"].to_pylist()
-    ]
-    assert len(vectors) == 3 and len(set(vectors)) == 1
-    assert verify(data) == []
+    def whiten(table):
+        rows = table.to_pylist()
+        for row, width in zip([row for row in rows if row["jpg"]], (40, 48), strict=False):
+            jpg = blank(width)
+            facts = {"jpg": jpg, "width": width, "height": 32}
+            facts["sha256"] = facts["sha256_original"] = hashlib.sha256(jpg).hexdigest()
+            white[row["image_id"]] = facts["sha256"]
+            row |= facts
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    def share_a_vector(table):
+        rows = table.to_pylist()
+        box = {"left": 2.0, "top": 0.0, "right": 34.0, "bottom": 32.0}
+        for row in rows:
+            if row["image_id"] in white:
+                row |= box | {"sha256": white[row["image_id"]], "embedding": [1.0] + [0.0] * 31}
+        return pa.Table.from_pylist(rows, schema=table.schema)
+
+    forge(data, SHARD, whiten)
+    forge(data, VECTORS, share_a_vector)
+    assert len(set(white.values())) == 2
+    assert not [f for f in verify(data) if f.place == "teacher"]
 
 
 def blank(width: int) -> bytes:
-    import io
-
-    from PIL import Image
-
     file = io.BytesIO()
     Image.new("RGB", (width, 32), "white").save(file, "JPEG")
     return file.getvalue()

@@ -260,8 +260,8 @@ def _text_places(
         part, row = place
         if not part.columns.keys() & {*TEXTS}:
             raise PipelineError(
-                f"{part.source}: found the columns {', '.join(part.columns)}; expected `prompt`, or "
-                "`caption` beside a name of its image."
+                f"{part.source}: found the columns {', '.join(part.columns)}; expected `prompt`, "
+                "or `caption` beside a name of its image."
             )
         if "prompt" in part.columns:
             group, text = prompts, part.columns["prompt"][row]

@@ -31,9 +31,13 @@ def read_prompts(file: Path) -> list[str]:
 
 def box_texts(images: Path) -> list[str]:
     """Distinct texts of all boxes in a folder of image shards, sorted."""
-    rows = duckdb.connect().execute(
-        "SELECT DISTINCT box.text AS t FROM (SELECT unnest(boxes) AS box FROM read_parquet(?)) "
-        "WHERE trim(box.text) <> '' ORDER BY t",
-        [f"{escape(str(images))}/*.parquet"],
-    ).fetchall()
+    rows = (
+        duckdb.connect()
+        .execute(
+            "SELECT DISTINCT box.text AS t FROM (SELECT unnest(boxes) AS box FROM read_parquet(?)) "
+            "WHERE trim(box.text) <> '' ORDER BY t",
+            [f"{escape(str(images))}/*.parquet"],
+        )
+        .fetchall()
+    )
     return [text for (text,) in rows]

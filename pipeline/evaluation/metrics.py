@@ -11,9 +11,9 @@ TIE = 1e-6  # of cosines: the product of equal rows differs in its last bits fro
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """Mean and its 95 % interval, by the normal approximation."""
+    """Mean and its 95 % interval, by the normal approximation; one value has no width."""
     values = np.asarray(values, np.float64)
-    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     mean = values.mean()
     return {"value": float(mean), "low": float(mean - half), "high": float(mean + half)}
 

@@ -120,7 +120,7 @@ class Queries:
     def view(self, image: np.ndarray, size: int) -> np.ndarray:
         """(h, w, 3) uint8 -> (size, size, 3): what teacher and student see of an image."""
         how = read_stamp(self.data / "teacher", "teacher_embed")["summary"]["preprocessing"]
-        view = canonical_view(image.shape[1], image.shape[0], how["resize_mode"])
+        view = canonical_view(image.shape[1], image.shape[0], how["resize_mode"], how["image_size"])
         return np.array(view_pixels(image, view.box, view.flip, size, how["interpolation"]))
 
     def _near(self, text: str) -> list[str]:

@@ -1,0 +1,264 @@
+"""Kill it, fill the disk, damage its files, turn back the clock: the same command ends with the
+same bytes, or says what is wrong. `pytest -m faults` runs the long ones and prints what it counted.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import worlds
+from finished import distill_config, evaluate_config, finished_world  # noqa: F401  # a fixture
+
+from pipeline.data.audit import INPUTS, ROOMS
+from pipeline.evaluation.verify import verify
+
+COMMANDS = {room: stage.replace("_", "-") for room, stage in ROOMS.items()}
+SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
+ROUNDS = 6  # per stage
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def counts(request):
+    """What was tried and what came of it; printed at the end."""
+    counted: Counter = Counter()
+    yield counted
+    if counted:
+        line = ", ".join(f"{number} {what}" for what, number in counted.items())
+        request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\nfaults: {line}")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def rows(folder: Path) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in folder.rglob("*.parquet"))
+
+
+class Bench:
+    """Parameters, the undisturbed data/, and how long each stage took to make it."""
+
+    def __init__(self, folder: Path, world: worlds.World):
+        self.params = worlds.write_params(
+            folder / "params.yaml",
+            download=worlds.download_config(world.manifest, world.root),
+            teacher_embed=worlds.teacher_config(world.card, world.prompts),
+            select=worlds.select_config(),
+            distill=distill_config(steps=12),
+            evaluate=evaluate_config(),
+        )
+        self.reference, self.seconds = folder / "reference", {}
+        for room in ROOMS:
+            began = time.monotonic()
+            assert self.run(room, self.reference).returncode == 0
+            self.seconds[room] = time.monotonic() - began
+
+    def start(self, room: str, data: Path, **how) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pipeline.cli", COMMANDS[room]]
+        return subprocess.Popen(
+            [*command, "--params", self.params, "--data", data], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=Path(__file__).parents[1], **how,
+        )  # fmt: skip
+
+    def run(self, room: str, data: Path, **how) -> subprocess.CompletedProcess:
+        process = self.start(room, data, **how)
+        try:
+            output, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def before(self, room: str, data: Path) -> Path:
+        """A data/ in which this room's stage is the next to run."""
+        for source in INPUTS.get(room, ()):
+            shutil.copytree(self.reference / source, data / source)
+        return data
+
+    def judge(self, room: str, data: Path, counts: Counter) -> None:
+        """The room against the undisturbed one, counted and asserted."""
+        found, expected = digests(data / room), digests(self.reference / room)
+        different = [name for name in found.keys() | expected if found.get(name) != expected[name]]
+        counts["rows lost"] += rows(self.reference / room) - rows(data / room)
+        counts["files of other bytes"] += len(different)
+        assert not different
+
+
+@pytest.fixture(scope="module")
+def bench(small_world, tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), small_world)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
+    bench, tmp_path, counts, room, number
+):
+    how = SIGNALS[number % len(SIGNALS)]
+    moment = random.Random(f"{SEED} {room} {number}").uniform(0.3, 1.0) * bench.seconds[room]
+    data = bench.before(room, tmp_path / "data")
+    process = bench.start(room, data)
+    time.sleep(moment)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=60)
+    counts["rounds of kill -9, Ctrl-C, SIGTERM"] += 1
+    counts["of which in time"] += process.returncode != 0
+    if process.returncode:
+        assert not (data / room).exists(), "an out is whole or absent"
+    if how == signal.SIGINT and process.returncode > 0:
+        assert "error:" not in output
+    again = bench.run(room, data)
+    assert again.returncode == 0, again.stdout
+    bench.judge(room, data, counts)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 32 MB, and a function that leaves only some bytes of it free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+
+    def leave(free: int) -> None:
+        with (folder / "filler").open("ab") as file:
+            left = shutil.disk_usage(folder).free - free
+            file.write(b"\0" * max(0, left))
+
+    yield folder, leave
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("free", [0, 8 << 10, 64 << 10])
+@pytest.mark.parametrize("room", ["images", "teacher", "student"])
+def test_a_full_disk_is_one_message_and_then_the_same_bytes(bench, disk, counts, room, free):
+    folder, leave = disk
+    data = bench.before(room, folder / "data")
+    (data / ".work").mkdir(parents=True)
+    leave(free)
+    ended = bench.run(room, data)
+    counts["rounds of a full disk"] += 1
+    if ended.returncode:
+        assert "Traceback" not in ended.stdout, ended.stdout
+        assert "disk is full" in ended.stdout, ended.stdout
+        assert not (data / room).exists()
+    else:
+        counts["of which had enough"] += 1
+    (folder / "filler").unlink()
+    again = bench.run(room, data)
+    assert again.returncode == 0, again.stdout
+    bench.judge(room, data, counts)
+
+
+@pytest.mark.faults
+def test_of_two_commands_at_once_one_works_and_one_is_told_who_does(bench, tmp_path, counts):
+    data = bench.before("student", tmp_path / "data")
+    both = [bench.start("student", data) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    counts["rounds of two commands at once"] += 1
+    assert 0 in [process.returncode for process in both]
+    for process, output in zip(both, outputs, strict=True):
+        assert process.returncode == 0 or "in use by distill (process" in output
+        assert "Traceback" not in output
+    bench.judge("student", data, counts)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_folder_of_another_user_is_one_message(bench, tmp_path, counts, room):
+    if os.getuid() != 0:
+        pytest.skip("only root can run a command as another user")
+    data = bench.before(room, tmp_path / "data")
+    data.mkdir(exist_ok=True)
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    for path in [bench.params.parent, bench.params]:
+        path.chmod(0o755)
+    ended = bench.run(room, data, user=65534, env=os.environ | {"HOME": "/nonexistent"})
+    counts["rounds of a read-only folder"] += 1
+    assert ended.returncode == 1 and "Traceback" not in ended.stdout, ended.stdout
+    assert "Permission denied" in ended.stdout
+    assert not (data / room).exists()
+
+
+def damaged(path: Path, draw: random.Random) -> str:
+    """Cut a file or flip one of its bits, at a random place."""
+    whole = bytearray(path.read_bytes())
+    at = draw.randrange(len(whole))
+    path.unlink()  # the work folder shares its bytes
+    if draw.random() < 0.5:
+        path.write_bytes(whole[:at])
+        return f"cut at {at}"
+    whole[at] ^= 1 << draw.randrange(8)
+    path.write_bytes(whole)
+    return f"bit flipped at {at}"
+
+
+def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -> None:
+    shutil.copytree(finished, data)
+    draw = random.Random(SEED)
+    files = [p for room in ROOMS for p in sorted((data / room).rglob("*")) if p.is_file()]
+    for path in files:
+        for _ in range(times):
+            sound = path.read_bytes()
+            how = damaged(path, draw)
+            found = verify(data)
+            counts["files damaged"] += 1
+            counts["damages not found"] += not found
+            assert found, f"{path.relative_to(data)}, {how}"
+            path.write_bytes(sound)
+    assert verify(data) == []
+
+
+def test_every_file_cut_or_flipped_somewhere_is_found(finished_world, tmp_path):  # noqa: F811
+    damage_every_file(finished_world, tmp_path / "data", 1, Counter())
+
+
+@pytest.mark.faults
+def test_every_file_cut_or_flipped_at_twenty_places_is_found(
+    finished_world, tmp_path, counts  # noqa: F811
+):  # fmt: skip
+    damage_every_file(finished_world, tmp_path / "data", 20, counts)
+
+
+@pytest.mark.parametrize("clock", [4e9, 1.0], ids=["future", "past"])
+def test_a_clock_that_jumps_changes_no_byte(finished_world, tmp_path, monkeypatch, clock):  # noqa: F811
+    from pipeline.training.loop import Trainer
+    from stages.distill import distill
+
+    data = tmp_path / "data"
+    for room in ("images", "teacher", "selection"):
+        shutil.copytree(finished_world / room, data / room)
+    real = Trainer.train_step
+
+    def interrupted(self, batch):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill(distill_config(), data, device="cpu", workers=1)
+    for path in [data, *data.rglob("*")]:
+        os.utime(path, (clock, clock))
+    distill(distill_config(), data, device="cpu", workers=1)
+    assert digests(data / "student") == digests(finished_world / "student")
