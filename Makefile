@@ -14,7 +14,7 @@ endif
 demo: $(BIN)/installed ## everything, on a small world that is drawn here: about five minutes on two cores
 	dvc repro
 	@dvc metrics show
-	@echo "The figures: data/evaluation/metrics.json. Ask more: pipeline query --help"
+	@echo "Open data/evaluation/report.html in a browser; look closer with .venv/bin/pipeline serve"
 
 test: $(BIN)/installed ## offline, on the CPU
 	pytest

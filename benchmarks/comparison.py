@@ -44,7 +44,9 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=VARIANTS)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -65,7 +67,10 @@ def main() -> None:
         mean = [statistics.mean(row[i] for row in found) for i in range(len(found[0]))]
         *figures, parameters, rate = mean
         cells = [f"{figure:.3f}" for figure in figures]
-        print(f"| {variant} | {' | '.join(cells)} | {parameters / 1e6:.2f} M | {rate:.0f} |", flush=True)
+        print(
+            f"| {variant} | {' | '.join(cells)} | {parameters / 1e6:.2f} M | {rate:.0f} |",
+            flush=True,
+        )
 
 
 def run(args, values: dict) -> list[float]:

@@ -47,7 +47,9 @@ def crop_row(row: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--photos", type=Path, help="folder of images; drawn where not given")
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,7 +70,9 @@ def main() -> None:
 
         def webdataset_tars() -> int:
             source = (
-                webdataset.WebDataset(tars, shardshuffle=len(tars), workersplitter=webdataset.split_by_worker)
+                webdataset.WebDataset(
+                    tars, shardshuffle=len(tars), workersplitter=webdataset.split_by_worker
+                )
                 .shuffle(1000)
                 .decode("pil")
                 .to_tuple("jpg")
@@ -98,7 +102,9 @@ def main() -> None:
                 count = run()
                 rates[run].append(count / (time.perf_counter() - began))
     median = {run.__name__: statistics.median(found) for run, found in rates.items()}
-    print(f"{len(jpgs)} images, {args.workers} workers, batch {BATCH}, {SIZE} px, start-up included")
+    print(
+        f"{len(jpgs)} images, {args.workers} workers, batch {BATCH}, {SIZE} px, start-up included"
+    )
     for name, rate in median.items():
         print(f"  {name:<16} {rate:8.0f} images/s   ours / this: {median['ours'] / rate:.2f}")
 

@@ -26,7 +26,9 @@ def photos(folder: Path | None, count: int) -> list[bytes]:
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((341, 256))
         grain = rng.normal(0, 8, (256, 341, 3))
         out = io.BytesIO()
-        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG")
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(
+            out, "JPEG"
+        )
         found.append(out.getvalue())
     return found
 
@@ -61,7 +63,10 @@ def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: in
             {
                 "image_id": [row["image_id"] for row in rows],
                 "view": pa.array([0] * len(rows), pa.int32()),
-                **{f: pa.array([getattr(v, f) for v in views], pa.float32()) for f in views[0]._fields[:4]},
+                **{
+                    f: pa.array([getattr(v, f) for v in views], pa.float32())
+                    for f in views[0]._fields[:4]
+                },
                 "flip": [False] * len(rows),
                 "sha256": [row["sha256"] for row in rows],
                 "embedding": shards.embedding_column(shards.to_float16(vectors)),
@@ -76,4 +81,3 @@ def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: in
     (data / "selection").mkdir()
     table = pa.Table.from_pylist(everything, schema=shards.SELECTION)
     shards.write_shard(data / "selection/selection.parquet", shards.SELECTION, [table], {})
-

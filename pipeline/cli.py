@@ -211,8 +211,6 @@ def report(
     data: Data = DATA,
 ) -> None:
     """Write the report again, with the teacher's attention and the speed of every run."""
-    from functools import partial
-
     from pipeline.core.config import load_section
     from pipeline.evaluation.queries import Queries
     from pipeline.evaluation.report import report as run
@@ -221,9 +219,12 @@ def report(
     if queries.teacher is None:
         notes.append(f"The teacher's attention: {queries.no_teacher}")
     else:
-        from pipeline.evaluation.teacher_patches import row_view
+        from pipeline.evaluation.teacher_patches import row_viewer
 
-        by_teacher = partial(row_view, queries.teacher)
+        try:
+            by_teacher = row_viewer(queries.teacher)
+        except PipelineError as error:
+            notes.append(f"The teacher's attention: {error}")
     run(data, out, load_section(params, "evaluate"), by_teacher, notes)
     typer.echo(f"{out} written")
 

@@ -2,6 +2,8 @@
 same bytes, or says what is wrong. `pytest -m faults` runs the long ones and prints what it counted.
 """
 
+# ruff: noqa: F811  # a fixture's name is also an argument's
+
 import hashlib
 import os
 import random
@@ -16,7 +18,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import worlds
-from finished import distill_config, evaluate_config, finished_world  # noqa: F401  # a fixture
+from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
 from pipeline.data.audit import INPUTS, ROOMS
 from pipeline.evaluation.verify import verify
@@ -228,19 +230,19 @@ def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -
     assert verify(data) == []
 
 
-def test_every_file_cut_or_flipped_somewhere_is_found(finished_world, tmp_path):  # noqa: F811
+def test_every_file_cut_or_flipped_somewhere_is_found(finished_world, tmp_path):
     damage_every_file(finished_world, tmp_path / "data", 1, Counter())
 
 
 @pytest.mark.faults
 def test_every_file_cut_or_flipped_at_twenty_places_is_found(
-    finished_world, tmp_path, counts  # noqa: F811
+    finished_world, tmp_path, counts
 ):  # fmt: skip
     damage_every_file(finished_world, tmp_path / "data", 20, counts)
 
 
 @pytest.mark.parametrize("clock", [4e9, 1.0], ids=["future", "past"])
-def test_a_clock_that_jumps_changes_no_byte(finished_world, tmp_path, monkeypatch, clock):  # noqa: F811
+def test_a_clock_that_jumps_changes_no_byte(finished_world, tmp_path, monkeypatch, clock):
     from pipeline.training.loop import Trainer
     from stages.distill import distill
 

@@ -38,7 +38,9 @@ def test_every_command_that_the_readme_shows_exists():
     assert shown >= set(name.replace("_", "-") for name in SECTIONS)
 
 
-@pytest.mark.parametrize("name", [f.name for f in (*shards.IMAGES, *shards.SELECTION, *runs.SCHEMA)])
+@pytest.mark.parametrize(
+    "name", [f.name for f in (*shards.IMAGES, *shards.SELECTION, *runs.SCHEMA)]
+)
 def test_every_column_is_in_the_dictionary(name):
     assert f"`{name}`" in README
 
@@ -52,7 +54,9 @@ def test_every_column_of_embeddings_is_in_the_dictionary(size):
 def test_every_status_is_explained():
     from pipeline.data.policy import STATUSES
 
-    assert all(f"`{status}`" in README for status in {*STATUSES, "ok", "duplicate_url", "empty_url"})
+    assert all(
+        f"`{status}`" in README for status in {*STATUSES, "ok", "duplicate_url", "empty_url"}
+    )
 
 
 def test_help_teaches_every_stage():

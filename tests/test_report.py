@@ -168,11 +168,11 @@ def test_captions_of_strangers_stay_text(write, tmp_path, monkeypatch):
 
 
 def test_the_report_command_adds_the_teachers_attention_and_throughput(data, small_world, tmp_path):
-    from pipeline.evaluation.teacher_patches import row_view
+    from pipeline.evaluation.teacher_patches import row_viewer
 
     teacher = Queries(data, small_world.card).teacher
     out = tmp_path / "report.html"
-    report(data, out, seeing.evaluate_config(), partial(row_view, teacher), ["a note"])
+    report(data, out, seeing.evaluate_config(), partial(row_viewer, teacher), ["a note"])
     page = Page(out.read_text())
     assert any("Teacher's attention" in image["alt"] for image in page.all("img"))
     assert any("images per second" in image["alt"] for image in page.all("img"))

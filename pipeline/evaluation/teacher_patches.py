@@ -4,6 +4,8 @@ For open_clip's own ViT (`open_clip.transformer.VisionTransformer`), as CLIP's a
 (ResNet, timm's) have no class token whose attention could be read here.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import open_clip
 import torch
@@ -25,11 +27,7 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     comparable with text as far as the common head carries over (Zhou et al. 2022, MaskCLIP, discuss
     how far). Raises PipelineError for a tower that is no plain ViT.
     """
-    tower = teacher.model.visual
-    plain = isinstance(tower, open_clip.transformer.VisionTransformer) and tower.attn_pool is None
-    last = tower.transformer.resblocks[-1] if plain else None
-    if not isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
-        raise PipelineError(f"the image tower of {teacher.card.name} is no plain CLIP ViT.")
+    tower, last = teacher.model.visual, _last_block(teacher)
     seen: list = []
     hook = last.attn.register_forward_pre_hook(lambda _, tokens: seen.append(tokens))
     try:
@@ -52,8 +50,25 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     )
 
 
-def row_view(teacher: Teacher, row: dict) -> PatchView:
-    """The teacher's view of a row as `pipeline.training.batches.Rows.read` gives it."""
-    image = decode(row["jpg"])
+def row_viewer(teacher: Teacher) -> Callable[[dict], PatchView]:
+    """The teacher's view of a row as `pipeline.training.batches.Rows.read` gives it.
+
+    Raises PipelineError at once for a tower that is no plain ViT.
+    """
+    _last_block(teacher)
     size, how = teacher.image_size, teacher.interpolation
-    return teacher_view(teacher, view_pixels(image, row["box"], row["flip"], size, how))
+
+    def view(row: dict) -> PatchView:
+        image = decode(row["jpg"])
+        return teacher_view(teacher, view_pixels(image, row["box"], row["flip"], size, how))
+
+    return view
+
+
+def _last_block(teacher: Teacher) -> nn.Module:
+    tower = teacher.model.visual
+    plain = isinstance(tower, open_clip.transformer.VisionTransformer) and tower.attn_pool is None
+    last = tower.transformer.resblocks[-1] if plain else None
+    if not isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
+        raise PipelineError(f"the image tower of {teacher.card.name} is no plain CLIP ViT.")
+    return last

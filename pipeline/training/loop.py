@@ -55,6 +55,7 @@ class Trainer:
                 {"params": others, "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
+            betas=(0.9, 0.98),  # CLIP's, as for the teacher (Radford et al. 2021)
             fused=True,
         )
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=2)
