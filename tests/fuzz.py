@@ -1,4 +1,6 @@
-"""Throw mutated bytes at what reads strangers' files: `python tests/fuzz.py image SECONDS`, or manifest.
+"""Throw mutated bytes at what reads strangers' files.
+
+`python tests/fuzz.py image|manifest SECONDS`
 
 Guided by the coverage of Pillow's and our own Python code (needs `pip install atheris`). An input
 is at fault if it raises anything but the documented errors, gives a JPEG that cannot be decoded,
@@ -53,7 +55,8 @@ def image_seeds():
 
 def manifest_seeds():
     yield b'\0url,caption,label\nfile:a.jpg,a cat,x\nhttp://x/b.jpg,"a, b",\n'
-    yield b'\0url,caption,boxes\na,"[""x"",""y""]","[{""text"":""a"",""x0"":0,""y0"":0,""x1"":1,""y1"":2}]"\n'
+    boxes = '[{""text"":""a"",""x0"":0,""y0"":0,""x1"":1,""y1"":2}]'
+    yield f'\0url,caption,boxes\na,"[""x"",""y""]","{boxes}"\n'.encode()
     box = {"text": "a", "x0": 0.0, "y0": 0.0, "x1": 1.0, "y1": 2.0}
     for columns in (
         {"url": ["a", "b", None]},

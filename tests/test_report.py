@@ -172,7 +172,7 @@ def test_the_report_command_adds_the_teachers_attention_and_throughput(data, sma
 
     teacher = Queries(data, small_world.card).teacher
     out = tmp_path / "report.html"
-    report(data, out, seeing.evaluate_config(), partial(row_viewer, teacher), ["a note"])
+    report(data, out, seeing.evaluate_config(), row_viewer(teacher), ["a note"])
     page = Page(out.read_text())
     assert any("Teacher's attention" in image["alt"] for image in page.all("img"))
     assert any("images per second" in image["alt"] for image in page.all("img"))

@@ -6,6 +6,7 @@ Cost: one read of every byte, one decode of every JPEG; `recompute` embeds some 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -67,16 +68,14 @@ def verify(
     return findings
 
 
-def findings_text(findings: list[Finding], form: str) -> str:
-    """What `pipeline verify` prints. form: table, or json (a list of objects)."""
+def findings_text(findings: list[Finding], form: Literal["table", "json"]) -> str:
+    """What `pipeline verify` prints; json is a list of objects."""
     if form == "json":
         return json.dumps([finding._asdict() for finding in findings], indent=2)
-    if form != "table":
-        raise PipelineError(f"--format {form}: there are table, json.")
     if not findings:
         return "every promise is kept"
     blocks = [f"{f.place}: {f.promise}\n  found: {f.found}\n  run:   {f.run}" for f in findings]
-    return "\n".join([*blocks, f"{len(findings)} promises are broken"])
+    return "\n".join([*blocks, f"{len(findings)} broken promise{'s' * (len(findings) > 1)}"])
 
 
 def _sound(stamps: Stamps, findings: list[Finding]) -> Stamps:
