@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/photos),)
 export EXTRAHEAD_SHARED ?= $(abspath ../shared)
 endif
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow faults lint
 
 demo: $(BIN)/installed ## everything, on a small world that is drawn here: about five minutes on two cores
 	dvc repro
@@ -21,6 +21,9 @@ test: $(BIN)/installed ## offline, on the CPU
 
 slow: $(BIN)/installed ## full-size models and the whole pipeline: tens of minutes
 	pytest -m slow
+
+faults: $(BIN)/installed ## kill, fill the disk, damage files, in many rounds
+	pytest -m faults
 
 lint: $(BIN)/installed
 	ruff check

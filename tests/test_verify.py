@@ -107,8 +107,19 @@ def test_a_damaged_stamp_is_a_finding_not_a_traceback(data, text):
 def test_an_edited_recipe_is_noticed(data):
     stamp = json.loads((data / "teacher" / STAMP_FILE).read_text())
     stamp["recipe"]["batch"] = 9
-    (data / "teacher" / STAMP_FILE).write_text(json.dumps(stamp))
+    (data / "teacher" / STAMP_FILE).write_text(audit.canonical(stamp))
     assert promises(data) == ["a finished stage says how it was made"]
+
+
+@pytest.mark.parametrize(
+    ("room", "key"),
+    [("teacher", "dtype"), ("selection", "train"), ("student", "steps"), ("evaluation", "split")],
+)
+def test_an_edited_summary_is_noticed(data, room, key):
+    stamp = json.loads((data / room / STAMP_FILE).read_text())
+    stamp["summary"][key] = 77
+    (data / room / STAMP_FILE).write_text(audit.canonical(stamp))
+    assert promises(data) == ["a stamp's summary is what its files say"]
 
 
 def test_a_strangers_file_is_named(data):
@@ -173,11 +184,28 @@ def restamp(data: Path) -> None:
         for source in audit.INPUTS.get(room, ()):
             stamp["recipe"][source] = content(stamps[source])
         stamp["stamp"] = digest(stamp["recipe"])
+        recount(data, room, stamp["summary"])
         if room == "student":
             restamp_student(data, stamp)
         stamps[room] = stamp
         file.unlink()
-        file.write_text(json.dumps(stamp))
+        file.write_text(audit.canonical(stamp))
+
+
+def recount(data: Path, room: str, summary: dict) -> None:
+    """Let the summary follow the files, where stages would have counted them."""
+    if room == "teacher":
+        for kind in ("images", "texts"):
+            paths = (data / room / kind).glob("*.parquet")
+            summary[kind] = sum(pq.read_metadata(path).num_rows for path in paths)
+    if room == "evaluation":
+        summary.clear()
+        summary |= json.loads((data / "evaluation/metrics.json").read_text())
+    if room == "selection":
+        summary.clear()
+        for row in pq.read_table(data / SELECTION).to_pylist():
+            key = row["split"] if row["keep"] else f"left out: {row['reason']}"
+            summary[key] = summary.get(key, 0) + 1
 
 
 def rebase(path: Path, key: str, value: str) -> None:
@@ -343,7 +371,7 @@ def counted(data: Path) -> None:
         for status in pq.read_table(data / "images" / name)["status"].to_pylist():
             counts[status] = counts.get(status, 0) + 1
     path.unlink()
-    path.write_text(json.dumps(stamp | {"summary": {"rows": counts}}))
+    path.write_text(audit.canonical(stamp | {"summary": {"rows": counts}}))
 
 
 def test_a_repeated_row_is_found_even_where_the_stamp_counts_it(data):
@@ -443,7 +471,7 @@ def test_a_teacher_shard_of_another_image_shard_is_a_finding(data):
     stamp = json.loads((data / "teacher" / STAMP_FILE).read_text())
     entry = {"sha256": file_digest(path), "bytes": path.stat().st_size}
     stamp["files"]["images/00001.parquet"] = entry
-    (data / "teacher" / STAMP_FILE).write_text(json.dumps(stamp))
+    (data / "teacher" / STAMP_FILE).write_text(audit.canonical(stamp))
     assert "made from another images/00001.parquet" in {f.found for f in verify(data)}
 
 
@@ -522,7 +550,7 @@ def test_imported_embeddings_without_some_images_keep_their_own_promise(small_wo
     shards.write_shard(path, shards.SELECTION, [table], {})
     stamp = json.loads((data / "selection" / STAMP_FILE).read_text())
     stamp["files"] = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}}
-    (data / "selection" / STAMP_FILE).write_text(json.dumps(stamp))
+    (data / "selection" / STAMP_FILE).write_text(audit.canonical(stamp))
     assert promises(data) == ["a good image without a vector is left out as `no embedding`"]
     with pytest.raises(PipelineError, match="imported"):
         verify(data, recompute=0.1)

@@ -5,6 +5,7 @@ needs a model.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,14 +71,49 @@ def read_stamps(data: Path) -> tuple[Stamps, list[Finding]]:
             expected = {stage, IMPORTED} if room == "teacher" else {stage}
             if stamp["stage"] not in expected or stamp["stamp"] != digest(stamp["recipe"]):
                 raise PipelineError("its stage or its stamp is not that of its recipe")
-            content(stamp), sum(entry["bytes"] for entry in stamp["files"].values())
-        except (PipelineError, KeyError, TypeError, AttributeError) as error:
+            if (data / room / STAMP_FILE).read_text() != canonical(stamp) or not content(stamp):
+                raise PipelineError("it was edited: write_json writes it in another way")
+            if not all(isinstance(entry["bytes"], int) for entry in stamp["files"].values()):
+                raise PipelineError("a file has no size")
+        except (PipelineError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             promise = "a finished stage says how it was made"
             place = f"{room}/{STAMP_FILE}"
             findings.append(Finding(promise, place, str(error), remade(data, room)))
         else:
             stamps[room] = stamp
     return stamps, findings
+
+
+def canonical(value) -> str:
+    """The text in which records are written."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def summary_findings(data: Path, stamps: Stamps) -> list[Finding]:
+    """What later stages read in a stamp's summary is what the files say."""
+    findings, claims = [], {}
+    for room, name in (("student", "training.json"), ("evaluation", "metrics.json")):
+        if room in stamps:
+            claims[room] = json.loads((data / room / name).read_text())
+    if "teacher" in stamps and stamps["teacher"]["stage"] != IMPORTED:
+        recipe, rows = stamps["teacher"]["recipe"], {"images": 0, "texts": 0}
+        for name in stamps["teacher"]["files"]:
+            rows[name.split("/")[0]] += pq.read_metadata(data / "teacher" / name).num_rows
+        made = _made(data / "teacher/texts/prompts.parquet")
+        claims["teacher"] = rows | {
+            "teacher": recipe["teacher"]["card"],
+            "preprocessing": made.get("preprocessing"),
+            "dtype": recipe["dtype"],
+            "views": recipe["views"],
+        }
+    for room, claim in claims.items():
+        summary = stamps[room]["summary"]
+        if wrong := [key for key in claim if summary.get(key) != claim[key]]:
+            promise = "a stamp's summary is what its files say"
+            found = f"another {', '.join(wrong)}"
+            place = f"{room}/{STAMP_FILE}"
+            findings.append(Finding(promise, place, found, remade(data, room)))
+    return findings
 
 
 def file_findings(data: Path, stamps: Stamps, progress: Progress) -> list[Finding]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 
-from pipeline.core.provenance import digest
+from pipeline.core.provenance import STAMP_FILE, digest
 from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
 from pipeline.data.pixels import decode, view_pixels
 
@@ -196,6 +196,8 @@ def set_findings(
             count, found = 1, str(error).strip().splitlines()[0]
         if count:
             yield Finding(question.promise, question.room, found, remade(data, question.room))
+    if "selection" in stamps:
+        yield from _counts(data, stamps, connection)
     if {"images", "teacher"} <= stamps.keys():
         yield from _repeated(data, stamps, connection)
         yield from _prompts(data, stamps, connection)
@@ -209,6 +211,18 @@ def _prompts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
     if expected and digest(found) != expected:
         found = f"{len(found)} prompts that are not those of the recipe"
         yield Finding("every prompt is embedded", "teacher", found, remade(data, "teacher"))
+
+
+def _counts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+    """The selection's summary counts its rows."""
+    sql = (
+        "SELECT CASE WHEN keep THEN split ELSE 'left out: ' || reason END, count(*) FROM selection"
+    )
+    counts = dict(connection.execute(f"{sql} GROUP BY 1").fetchall())
+    if None not in counts and counts != (summary := stamps["selection"]["summary"]):
+        found = f"{counts}, the stamp says {summary}"
+        promise = "a stamp's summary is what its files say"
+        yield Finding(promise, f"selection/{STAMP_FILE}", found, remade(data, "selection"))
 
 
 REPEATED = """

@@ -50,6 +50,7 @@ def verify(
     with tqdm(total=total + decoded, unit="B", unit_scale=True, desc="verify") as bar:
         findings += audit.file_findings(data, stamps, bar.update)
         findings += audit.chain_findings(data, stamps) + audit.leftover_findings(data)
+        findings += audit.summary_findings(data, _sound(stamps, findings))
         sound = _sound(stamps, findings)
         if "images" in sound:
             findings += audit.image_findings(data, sound["images"], bar.update, workers)
