@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_import import imports
 from pipeline.core.errors import PipelineError
 
 app = typer.Typer(
@@ -21,7 +22,6 @@ app = typer.Typer(
 
     `dvc repro` runs every stage in order, as params.yaml says; the commands below run one.""",
 )
-imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
 app.add_typer(imports, name="import", rich_help_panel="Files in and out")
 
 STAGES, LOOK, FILES = "Stages, in order", "Questions", "Files in and out"
@@ -230,6 +230,31 @@ def report(
 
 
 @app.command(rich_help_panel=LOOK)
+def verify(
+    recompute: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of vectors that the teacher computes again.")
+    ] = 0.0,
+    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    card: Card = None,
+    params: Params = PARAMS,
+    data: Data = DATA,
+    device: Device = "auto",
+    workers: Workers = 2,
+) -> None:
+    """Hold what lies in data/ against every promise; status 1 and what to run where one is broken."""
+    from pipeline.evaluation.verify import findings_text
+    from pipeline.evaluation.verify import verify as run
+
+    if format not in ("table", "json"):
+        raise PipelineError(f"--format {format}: there are table, json.")
+    named = _card(card, params) if recompute else None
+    found = run(data, recompute=recompute, card=named, device=device, workers=workers)
+    typer.echo(findings_text(found, format))
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOK)
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -242,48 +267,6 @@ def serve(
     from pipeline.evaluation.serve import serve as run
 
     run(data, _card(card, params), host, port, public=public, announce=typer.echo)
-
-
-@imports.command("folder")
-def import_folder(
-    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders become labels.")],
-    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
-) -> None:
-    """Write a manifest of local images. Set download.manifest to it, download.root to the folder."""
-    from pipeline.data.folder import write_folder_manifest
-
-    count = write_folder_manifest(folder, out)
-    typer.echo(
-        f"{out}: {count} images. In params.yaml set download.manifest: {out} and "
-        f"download.root: {folder}"
-    )
-
-
-@imports.command("teacher")
-def import_teacher(
-    model: Annotated[str, typer.Argument(help="open_clip model name, or local-dir:FOLDER.")],
-    out: Annotated[Path, typer.Option(help="Card to write, manifests/teachers/NAME.yaml.")],
-    pretrained: Annotated[
-        str | None, typer.Option(help="open_clip tag, or a checkpoint file.")
-    ] = None,
-) -> None:
-    """Load a teacher once and write its card: digest, activation and golden vectors."""
-    from pipeline.models.cardwriter import write_card
-
-    card = write_card(model, pretrained, out)
-    typer.echo(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
-
-
-@imports.command("checkpoint")
-def import_checkpoint(
-    file: Annotated[Path, typer.Argument(help="A published .pt checkpoint of a student.")],
-    out: Annotated[Path, typer.Option(help="Student folder to write.")],
-) -> None:
-    """Turn a published checkpoint into a student folder; nothing of the pickle is executed."""
-    from pipeline.models.published import import_checkpoint as run
-
-    student = run(file, out)
-    typer.echo(f"{out}: {student.config}")
 
 
 @app.command(rich_help_panel=FILES)

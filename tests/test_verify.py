@@ -550,6 +550,7 @@ def test_imported_embeddings_without_some_images_keep_their_own_promise(small_wo
     shards.write_shard(path, shards.SELECTION, [table], {})
     stamp = json.loads((data / "selection" / STAMP_FILE).read_text())
     stamp["files"] = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}}
+    recount(data, "selection", stamp["summary"])
     (data / "selection" / STAMP_FILE).write_text(audit.canonical(stamp))
     assert promises(data) == ["a good image without a vector is left out as `no embedding`"]
     with pytest.raises(PipelineError, match="imported"):

@@ -1,0 +1,80 @@
+"""The commands of `pipeline import`: each brings in what somebody else made."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
+
+
+@imports.command("folder")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders become labels.")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
+) -> None:
+    """Write a manifest of local images. Set download.manifest to it, download.root to the folder."""
+    from pipeline.data.folder import write_folder_manifest
+
+    count = write_folder_manifest(folder, out)
+    typer.echo(
+        f"{out}: {count} images. In params.yaml set download.manifest: {out} and "
+        f"download.root: {folder}"
+    )
+
+
+@imports.command("teacher")
+def import_teacher(
+    model: Annotated[str, typer.Argument(help="open_clip model name, or local-dir:FOLDER.")],
+    out: Annotated[Path, typer.Option(help="Card to write, manifests/teachers/NAME.yaml.")],
+    pretrained: Annotated[
+        str | None, typer.Option(help="open_clip tag, or a checkpoint file.")
+    ] = None,
+) -> None:
+    """Load a teacher once and write its card: digest, activation and golden vectors."""
+    from pipeline.models.cardwriter import write_card
+
+    card = write_card(model, pretrained, out)
+    typer.echo(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
+
+
+@imports.command("checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="A published .pt checkpoint of a student.")],
+    out: Annotated[Path, typer.Option(help="Student folder to write.")],
+) -> None:
+    """Turn a published checkpoint into a student folder; nothing of the pickle is executed."""
+    from pipeline.models.published import import_checkpoint as run
+
+    student = run(file, out)
+    typer.echo(f"{out}: {student.config}")
+
+
+@imports.command("embeddings")
+def import_embeddings(
+    source: Annotated[
+        Path, typer.Argument(help="An .npz file, or a folder as clip-retrieval writes it.")
+    ],
+    texts: Annotated[
+        list[Path] | None, typer.Option(help="An .npz of captions or prompts; several times.")
+    ] = None,
+    card: Annotated[Path, typer.Option(help="Card of the teacher that made them.")] = Path(
+        "manifests/teachers/clip-vit-b32.yaml"
+    ),
+    data: Annotated[Path, typer.Option("--data", help="Folder of all results.")] = Path("data"),
+) -> None:
+    """Use embeddings that others computed, in place of teacher-embed, for data/images.
+
+    They are joined by url, file name or key. Then `dvc freeze teacher_embed` and `dvc repro`, or
+    `pipeline select`, `distill`, `evaluate`.
+    """
+    from pipeline.data.imported import import_embeddings as run
+    from pipeline.models.card import read_card
+    from pipeline.models.stated import stated_preprocessing
+
+    teacher = read_card(card)
+    how = stated_preprocessing(teacher, card)
+    named = teacher.model_dump(exclude={"golden"})
+    summary = run(data, source, teacher=named, texts=texts or [], preprocessing=how)
+    counted = ("images", "images without embedding", "embeddings without image", "texts")
+    typer.echo(", ".join(f"{summary[name]} {name}" for name in counted) + f" in {data / 'teacher'}")
