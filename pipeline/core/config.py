@@ -143,9 +143,9 @@ class DistillConfig(Strict):
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
     noise: Fraction  # photometric noise for the student alone: brightness and contrast
-    jitter: Annotated[float, Field(gt=0, le=1)] = 1.0  # least share of a view shown; 1 = all of it
-    mixup: Weight = 0.0  # Beta parameter of overlaying pairs of images and targets; 0 = off
-    smooth_stem: Count = 0  # lowest frequencies of a fixed patch projection; 0 = it is learned
+    jitter: Annotated[float, Field(gt=0, le=1)]  # least share of a view shown; 1 = all of it
+    mixup: Weight  # Beta parameter of overlaying pairs of images and targets; 0 = off
+    smooth_stem: Count  # lowest frequencies of a fixed patch projection; 0 = it is learned
     steps: Positive
     batch: Positive  # images a step, over all ranks
     learning_rate: PositiveFloat
