@@ -8,6 +8,7 @@ are links, not copies), so the next run finds what it can take over although DVC
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from pipeline.core.errors import PipelineError
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary"}
 PARTIAL = ".partial"
+FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
 
 
 def digest(value) -> str:
@@ -56,8 +58,11 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        full = shutil.disk_usage(path.parent).free < FULL
         partial.unlink(missing_ok=True)
+        if full and isinstance(error, Exception) and getattr(error, "errno", None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 
