@@ -18,7 +18,9 @@ from pipeline.training.batches import Rows, batches_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--split", default="test")
     parser.add_argument("--sizes", type=int, nargs="+", default=[48, 64, 96, 128])
