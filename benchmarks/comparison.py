@@ -1,11 +1,12 @@
 """Students that differ in one thing, same budget, on the demo world: what does each choice buy?
 
-Run:   make demo && python benchmarks/comparison.py {pools,masks} [--steps 250] [--seeds 1]
+Run:   make demo && python benchmarks/comparison.py {pools,masks,losses} [--steps 250] [--seeds 1]
 Trains one student per variant and seed from data/ through the stages themselves, in a folder of
 its own, and prints one table: fidelity, retrieval, pointing, parameters, training images/s.
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -20,18 +21,26 @@ from stages.evaluate import evaluate
 
 VARIANTS = {
     "pools": {
-        "extra head": {"pool": "extra-head"},
-        "mean of patches": {"pool": "mean"},
-        "CLS token": {"pool": "cls"},
-        "CLS + distillation token": {"pool": "cls-distill"},
+        "extra head": {"student": {"pool": "extra-head"}},
+        "mean of patches": {"student": {"pool": "mean"}},
+        "CLS token": {"student": {"pool": "cls"}},
+        "CLS + distillation token": {"student": {"pool": "cls-distill"}},
     },
     "masks": {
         f"mask {'on' if mask else 'off'}, same_norm {'on' if norm else 'off'}": {
-            "neighbourhood_mask": mask,
-            "same_norm": norm,
+            "student": {"neighbourhood_mask": mask, "same_norm": norm}
         }
         for mask in (True, False)
         for norm in (True, False)
+    },
+    "losses": {
+        "l1, the published one": {},
+        "cosine": {"loss": {"l1": 0.0, "cosine": 1.0}},
+        "l1 + relational 0.25": {"loss": {"relational": 0.25}},
+        "l1 + relational 1": {"loss": {"relational": 1.0}},
+        "l1 + caption 0.25": {"loss": {"caption": 0.25}},
+        "l1 + caption 1": {"loss": {"caption": 1.0}},
+        "l1, weights averaged 0.99": {"ema": 0.99},
     },
 }
 COLUMNS = (
@@ -40,6 +49,9 @@ COLUMNS = (
     ("student-teacher R@1", "student_to_teacher", "R@1"),
     ("text-image R@1", "text_to_image", "R@1"),
     ("pointing", "pointing", "pointing"),
+    ("pointing, centred", "pointing", "pointing_centred"),
+    ("energy", "pointing", "energy"),
+    ("energy, centred", "pointing", "energy_centred"),
 )
 
 
@@ -60,10 +72,7 @@ def main() -> None:
     print("| student | " + " | ".join(names) + " | parameters | images/s |")
     print("| --- " * (len(names) + 3) + "|")
     for variant, changes in VARIANTS[args.what].items():
-        found = [
-            run(args, base | {"seed": seed, "student": base["student"] | changes})
-            for seed in range(args.seeds)
-        ]
+        found = [run(args, changed(base, changes | {"seed": seed})) for seed in range(args.seeds)]
         mean = [statistics.mean(row[i] for row in found) for i in range(len(found[0]))]
         *figures, parameters, rate = mean
         cells = [f"{figure:.3f}" for figure in figures]
@@ -71,6 +80,16 @@ def main() -> None:
             f"| {variant} | {' | '.join(cells)} | {parameters / 1e6:.2f} M | {rate:.0f} |",
             flush=True,
         )
+    ends = json.loads((args.data / "evaluation/metrics.json").read_text())["pointing"]["pointing"]
+    print(
+        f"Pointing and energy by chance: {ends['floor']:.3f}; ever the centre: {ends['centre']:.3f}."
+    )
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """values with changes, one level deep."""
+    nested = {k: values[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    return values | nested
 
 
 def run(args, values: dict) -> list[float]:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import simplejpeg
-from worlds import photos, write_data
+from worlds import AREA, RATIO, photos, write_data
 
 from pipeline.models import torchvision_guard  # noqa: F401
 from pipeline.training.batches import Epochs, Rows, training_batches
@@ -31,7 +31,7 @@ from torchvision import transforms  # isort: skip
 SIZE, BATCH = 224, 64
 CROP = transforms.Compose(
     [
-        transforms.RandomResizedCrop(SIZE, (0.5, 1.0), interpolation=Image.Resampling.BICUBIC),
+        transforms.RandomResizedCrop(SIZE, AREA, RATIO, interpolation=Image.Resampling.BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.PILToTensor(),
     ]

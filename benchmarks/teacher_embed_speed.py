@@ -17,20 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from worlds import photos, write_images
+from worlds import FULL_SIZE, full_size_card, photos, write_images
 
 from pipeline.core.config import load_section
 from pipeline.core.devices import pick_device, pick_dtype
 from pipeline.data import shards
 from pipeline.models import torchvision_guard  # noqa: F401
-from pipeline.models.cardwriter import write_card
 from pipeline.models.embedding import view_tables
 from pipeline.models.teacher import Teacher
 
 import open_clip  # isort: skip
-from safetensors.torch import save_file  # isort: skip
 
-MODEL, BATCH = "ViT-B-32-quickgelu", 64
+BATCH = 64
 
 
 def main() -> None:
@@ -49,13 +47,8 @@ def main() -> None:
         jpgs = photos(args.photos, args.images)
         shard = folder / "00000.parquet"
         write_images(shard, jpgs)
-        torch.manual_seed(0)
-        model = open_clip.create_model(MODEL, load_weights=False)
-        save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "w.safetensors"
-        )
-        write_card(MODEL, str(folder / "w.safetensors"), folder / "card.yaml")
-        exact, teacher = (Teacher(folder / "card.yaml", device) for _ in range(2))
+        card = full_size_card(folder)
+        exact, teacher = (Teacher(card, device) for _ in range(2))
         ready = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), np.uint8)
         dtype = pick_dtype("auto", device)
         teacher.use(dtype, ready[:8], ["a photo"])
@@ -63,7 +56,7 @@ def main() -> None:
         config = load_section(preset, "teacher_embed").model_copy(
             update={"views": 1, "batch": BATCH}
         )
-        transform = open_clip.create_model_and_transforms(MODEL, load_weights=False)[2]
+        transform = open_clip.create_model_and_transforms(FULL_SIZE, load_weights=False)[2]
 
         def bare() -> int:
             pixels = teacher.normalised(ready)

@@ -1,15 +1,24 @@
-"""What the benchmarks share: drawn photos and data/ folders made of them."""
+"""What the benchmarks share: drawn photos, data/ folders made of them, a full-size teacher."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.data import shards
 from pipeline.data.pixels import canonical_jpeg
-from pipeline.data.views import canonical_view
+from pipeline.data.views import random_view
+from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
+from pipeline.models.cardwriter import write_card
+
+import open_clip  # isort: skip
+
+FULL_SIZE = "ViT-B-32-quickgelu"
+AREA, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of random crops
 
 
 def photos(folder: Path | None, count: int) -> list[bytes]:
@@ -51,13 +60,16 @@ def write_images(path: Path, jpgs: list[bytes], first: int = 0) -> list[dict]:
 
 
 def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: int) -> None:
-    """images, teacher (random vectors, view 0) and selection (all for training)."""
+    """images, teacher (random vectors; view 0 is a random crop) and selection (all for training)."""
     rng = np.random.default_rng(0)
     everything = []
     for shard, start in enumerate(range(0, len(jpgs), per_shard)):
         name = f"{shard:05}.parquet"
         rows = write_images(data / "images" / name, jpgs[start : start + per_shard], start)
-        views = [canonical_view(row["width"], row["height"]) for row in rows]
+        views = [
+            random_view(row["sha256"], 1, row["width"], row["height"], AREA, RATIO, 0)
+            for row in rows
+        ]
         vectors = rng.normal(size=(len(rows), embedding_size)).astype(np.float32)
         table = pa.table(
             {
@@ -67,7 +79,7 @@ def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: in
                     f: pa.array([getattr(v, f) for v in views], pa.float32())
                     for f in views[0]._fields[:4]
                 },
-                "flip": [False] * len(rows),
+                "flip": [view.flip for view in views],
                 "sha256": [row["sha256"] for row in rows],
                 "embedding": shards.embedding_column(shards.to_float16(vectors)),
             }
@@ -81,3 +93,13 @@ def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: in
     (data / "selection").mkdir()
     table = pa.Table.from_pylist(everything, schema=shards.SELECTION)
     shards.write_shard(data / "selection/selection.parquet", shards.SELECTION, [table], {})
+
+
+def full_size_card(folder: Path) -> Path:
+    """The card of a ViT-B/32 with random weights, which cost what OpenAI's do."""
+    torch.manual_seed(0)
+    state = open_clip.create_model(FULL_SIZE, load_weights=False).state_dict()
+    weights = folder / "teacher.safetensors"
+    save_file({name: x.contiguous() for name, x in state.items()}, weights)
+    write_card(FULL_SIZE, str(weights), folder / "card.yaml")
+    return folder / "card.yaml"

@@ -115,16 +115,26 @@ def select(params: Params = PARAMS, data: Data = DATA) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def distill(
-    params: Params = PARAMS, data: Data = DATA, device: Device = "auto", workers: Workers = 2
+    params: Params = PARAMS,
+    data: Data = DATA,
+    device: Device = "auto",
+    workers: Workers = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only go on with an interrupted run; start no other.")
+    ] = False,
 ) -> None:
     """Train the student from data/ alone into data/student; no teacher is loaded.
+
+    A run that was interrupted goes on from its checkpoint; with other parameters or other data a
+    new one starts, which --resume refuses, naming the difference.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m pipeline.cli distill`.
     """
     from pipeline.core.config import load_section
     from stages.distill import distill as run
 
-    figures = run(load_section(params, "distill"), data, device=device, workers=workers)
+    config = load_section(params, "distill")
+    figures = run(config, data, device=device, workers=workers, resume=resume)
     shown = {k: round(figures[k], 4) for k in ("steps", "loss", "val_cosine", "val_floor")}
     _report("distill", shown, data / "student")
 

@@ -4,6 +4,7 @@ Run:   pipeline distill [--device cuda] [--workers 8], or under torchrun for sev
 Cost:  the student's own training; no teacher is built. A killed run goes on from its checkpoint.
 """
 
+import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,16 @@ from tqdm import tqdm
 from pipeline.core.config import DistillConfig
 from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
+from pipeline.core.provenance import (
+    Work,
+    command,
+    content,
+    libraries,
+    lock,
+    read_stamp,
+    write_json,
+)
+from pipeline.data import views
 from pipeline.data.runs import append_run
 from pipeline.data.targets import training_mean
 from pipeline.models import student as students
@@ -25,20 +35,27 @@ from pipeline.training.loop import Trainer, write_log
 from pipeline.training.ranks import Ranks
 
 STAGE = "distill"
-CHECKPOINT, LOG, METRICS = "checkpoint.pt", "training.csv", "training.json"
+CHECKPOINT, RECIPE = "checkpoint.pt", "recipe.json"  # of a run under way
+LOG, METRICS = "training.csv", "training.json"
 FILES = [students.WEIGHTS, students.CONFIG, LOG, METRICS]
 LOG_EVERY = 10  # steps
 VALIDATED = 1024  # images of the validation split that are looked at during training, at most
 
 
 def distill(
-    config: DistillConfig, data: Path, *, device: str = "auto", workers: int = 2
+    config: DistillConfig,
+    data: Path,
+    *,
+    device: str = "auto",
+    workers: int = 2,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Write data/student; returns the last validation figures.
 
-    workers: threads that decode and crop. Raises PipelineError: an earlier stage is missing or
-    was made from other inputs, a student that does not fit the teacher, fewer images than a batch,
-    a loss that is not finite.
+    workers: threads that decode and crop. A run that was interrupted goes on by itself; resume
+    refuses to start another one instead. Raises PipelineError: an earlier stage is missing or was
+    made from other inputs, a student that does not fit the teacher, fewer images than a batch, a
+    loss that is not finite; with resume, no checkpoint of these very parameters and data.
     """
     ranks = Ranks(pick_device(device))
     ranks.check_batch(config.batch)
@@ -48,6 +65,8 @@ def distill(
             recipe, teacher = _recipe(config, data)
             work = Work(data, STAGE, data / "student", recipe)
             if not work.published():
+                if resume:
+                    _refuse_another_run(work)
                 _train(work, config, data, teacher, ranks, workers)
             return read_stamp(work.out, STAGE)["summary"]
     finally:
@@ -63,7 +82,7 @@ def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
     if made_from != (images, images) or selection["recipe"]["teacher"] != content(teacher):
         raise PipelineError(
             "data/images, data/teacher and data/selection are not of one run. Run "
-            "`pipeline teacher-embed`, then `pipeline select`."
+            f"`pipeline {command(teacher['stage'])}`, then `pipeline select`."
         )
     size = teacher["summary"]["embedding_size"]
     if size != config.student.embedding_size:
@@ -72,14 +91,43 @@ def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
             f"{config.student.embedding_size}. Set it to {size}."
         )
     versions = {"batches": batches.VERSION, "loop": loop.VERSION, "student": students.FORMAT}
+    versions["views"] = views.VERSION
     recipe = {"config": config.model_dump(), "versions": versions, "images": images}
     recipe |= {"teacher": content(teacher), "selection": content(selection)}
     return recipe, teacher["summary"]
 
 
+def _refuse_another_run(work: Work) -> None:
+    if (work.folder / CHECKPOINT).is_file():
+        return
+    for folder in work.earlier():
+        if (folder / CHECKPOINT).is_file() and (folder / RECIPE).is_file():
+            changed = _differences(json.loads((folder / RECIPE).read_text()), work.recipe)
+            raise PipelineError(
+                f"the run that could be resumed was begun with other values: {'; '.join(changed)}. "
+                "Put them back to go on with it, or leave out --resume to start from step 0."
+            )
+    raise PipelineError(f"{work.room} holds no run to resume. Leave out --resume to start one.")
+
+
+def _differences(then: dict, now: dict, prefix: str = "") -> list[str]:
+    """What two recipes disagree about, as sentences."""
+    found = []
+    for name in sorted({*then, *now}):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, prefix + ("" if name == "config" else f"{name}."))
+        elif old != new and name in ("images", "teacher", "selection"):
+            found.append(f"other files in data/{name}")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return found
+
+
 def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, workers) -> None:
     if ranks.first:
         work.begin()
+        write_json(work.folder / RECIPE, work.recipe)
     ranks.wait()
     how = {name: teacher["preprocessing"][name] for name in ("mean", "std", "interpolation")}
     seen = config.student.image_size, how["interpolation"]

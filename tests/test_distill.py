@@ -9,6 +9,7 @@ import worlds
 from finished import finished_world  # noqa: F401  (a fixture)
 
 from pipeline.core.errors import PipelineError
+from pipeline.training.loop import Trainer
 from stages.distill import distill
 from stages.evaluate import evaluate
 
@@ -20,8 +21,9 @@ def data(finished_world, tmp_path) -> Path:  # noqa: F811
     return tmp_path / "data"
 
 
-def train(data: Path, **changes) -> dict:
-    return distill(finished.distill_config(**changes), data, device="cpu", workers=1)
+def train(data: Path, resume: bool = False, **changes) -> dict:
+    config = finished.distill_config(**changes)
+    return distill(config, data, device="cpu", workers=1, resume=resume)
 
 
 def test_a_student_of_another_embedding_size_than_the_teachers_is_refused(data):
@@ -66,3 +68,53 @@ def test_a_loss_that_explodes_ends_with_a_clear_error_and_no_student(data):
     with pytest.raises(PipelineError, match="learning_rate"):
         train(data, learning_rate=1e30, warmup=0, steps=50, clip=1e30)
     assert not (data / "student").exists()
+
+
+@pytest.fixture
+def interrupted(data, monkeypatch) -> Path:
+    """data/ with a run that ended after its first checkpoint."""
+    whole = Trainer.train_step
+
+    def ends(trainer, batch):
+        if trainer.step == finished.distill_config().validate_every:
+            raise KeyboardInterrupt
+        return whole(trainer, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", ends)
+        train(data)
+    return data
+
+
+def test_resume_goes_on_with_the_run_of_these_very_parameters(interrupted, monkeypatch):
+    first_steps = []
+    restore = Trainer.restore
+
+    def watched(trainer, path):
+        restore(trainer, path)
+        first_steps.append(trainer.step)
+
+    monkeypatch.setattr(Trainer, "restore", watched)
+    train(interrupted, resume=True)
+    assert first_steps == [finished.distill_config().validate_every]
+
+
+def test_resume_with_other_parameters_is_refused_and_names_them(interrupted):
+    was = finished.distill_config().learning_rate
+    with pytest.raises(PipelineError, match=f"learning_rate was {was}, is 0.5") as refusal:
+        train(interrupted, resume=True, learning_rate=0.5)
+    assert "steps" not in str(refusal.value)
+    train(interrupted, resume=True)  # the checkpoint is still there
+
+
+def test_resume_with_other_data_is_refused_and_names_it(interrupted, small_world):
+    from stages.select import select
+
+    select(worlds.select_config(where="label = 'wide'"), interrupted)
+    with pytest.raises(PipelineError, match="other files in data/selection"):
+        train(interrupted, resume=True)
+
+
+def test_resume_without_a_run_to_resume_is_refused(data):
+    with pytest.raises(PipelineError, match="no run to resume"):
+        train(data, resume=True)

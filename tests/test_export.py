@@ -2,33 +2,26 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+import students
 import torch
 
-from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.models.export import export_onnx, export_student, quantise_onnx, stored_pixels
-from pipeline.models.student import Outputs, Preprocessing, Student
+from pipeline.models.student import Outputs, Preprocessing
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-SMALL = {
-    "image_size": 32, "patch_size": 8, "embedding_size": 24, "heads": 3, "layers": 2,
-    "neighbourhood_mask": True, "same_norm": True, "pool": "extra-head", "temperature": 1.0,
-}  # fmt: skip
-
-
-def small_student(**changes) -> Student:
-    torch.manual_seed(0)
-    how = Preprocessing(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], interpolation="bilinear")
-    return Student(StudentConfig(**SMALL | changes), how).eval()
+HOW = Preprocessing(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], interpolation="bilinear")
+small_student = partial(students.small_student, HOW)
 
 
 @pytest.mark.parametrize("pool,masked", [("extra-head", True), ("cls-distill", False)])

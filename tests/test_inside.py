@@ -1,11 +1,12 @@
 """Looking inside: each function against a case whose answer is known."""
 
 import math
+from functools import partial
 
 import pytest
+import students
 import torch
 
-from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.models.inside import (
     attention_rollout,
@@ -18,18 +19,8 @@ from pipeline.models.inside import (
     position_similarity,
     weight_entropy,
 )
-from pipeline.models.student import Student
 
-SMALL = {
-    "image_size": 32, "patch_size": 8, "embedding_size": 24, "heads": 3, "layers": 2,
-    "neighbourhood_mask": True, "same_norm": False, "pool": "extra-head", "temperature": 1.0,
-}  # fmt: skip
-
-
-def small_student(**changes) -> Student:
-    torch.manual_seed(0)
-    return Student(StudentConfig(**SMALL | changes)).eval()
-
+small_student = partial(students.small_student, same_norm=False)
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 PATCHES = 16

@@ -10,9 +10,10 @@ import torch
 import worlds
 
 from pipeline.core.errors import PipelineError
+from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
 from pipeline.training.batches import Batch, Epochs, Rows, batches_of, training_batches
-from pipeline.training.loop import Trainer, smooth_filters
+from pipeline.training.loop import Trainer
 from pipeline.training.ranks import Ranks
 
 EVERYTHING = {"mixup": 1.0, "jitter": 0.5, "smooth_stem": 4}

@@ -1,4 +1,4 @@
-"""Any file becomes an upright RGB JPEG or a reason; a view is what CLIP's own transform sees."""
+"""Any file becomes an upright RGB JPEG, or a reason."""
 
 import io
 import zipfile
@@ -9,10 +9,9 @@ import pytest
 import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode, view_pixels
-from pipeline.data.views import canonical_view
+from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode
 
 RED, BLUE, GREEN, YELLOW = (230, 20, 20), (20, 20, 230), (20, 200, 20), (230, 230, 20)
 ALLOWED = 10_000_000  # px
@@ -232,66 +231,3 @@ def test_the_limit_of_pixels_is_inclusive():
 def test_a_strip_too_long_for_jpeg_is_refused(size):
     with pytest.raises(TooManyPixels, match="strip"):
         canonical_jpeg(encoded(Image.new("L", size), "PNG"), 256, 95, ALLOWED)
-
-
-# Views
-
-
-def assert_clips_own_view(jpg: bytes, size: int) -> None:
-    from pipeline.models import torchvision_guard  # noqa: F401
-
-    import open_clip.transform  # isort: skip
-
-    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic"}
-    transform = open_clip.transform.image_transform(
-        size, is_train=False, resize_mode="shortest", **plain
-    )
-    expected = transform(Image.open(io.BytesIO(jpg))).permute(1, 2, 0).numpy() * 255
-    pixels = decode(jpg)
-    box = canonical_view(pixels.shape[1], pixels.shape[0], "shortest", size).box
-    difference = np.abs(view_pixels(pixels, box, False, size) - expected)
-    assert np.quantile(difference, 0.999) <= 3 and difference.max() <= 12
-
-
-@pytest.mark.parametrize("size", [32, 224])
-@pytest.mark.parametrize(
-    "shape", [(256, 341), (341, 256), (455, 256), (256, 383), (100, 77), (64, 64), (257, 256)]
-)
-def test_the_canonical_view_is_clips_own_transform(shape, size):
-    blots = Image.effect_noise(shape, 200).filter(ImageFilter.GaussianBlur(1.5)).convert("RGB")
-    assert_clips_own_view(encoded(blots, quality=95), size)
-
-
-def test_the_canonical_view_of_real_photos_is_clips_own_transform(shared):
-    for file in sorted((shared / "photos/clothing").glob("*.jpg"))[:12]:
-        jpg, *_ = canonical_jpeg(file.read_bytes(), 256, 95, 10**8)
-        assert_clips_own_view(jpg, 224)
-        assert_clips_own_view(jpg, 64)
-
-
-def test_a_flip_mirrors_left_and_right_after_the_crop():
-    pixels = np.asarray(quarters())
-    box = (10.5, 3.25, 50.0, 30.0)
-    plain, flipped = (view_pixels(pixels, box, flip, 16) for flip in (False, True))
-    np.testing.assert_array_equal(flipped, plain[:, ::-1])
-
-
-def test_a_box_of_whole_pixels_at_its_own_size_is_a_plain_crop():
-    pixels = decode(worlds.picture(2, 60, 50, "JPEG"))
-    found = view_pixels(pixels, (10.0, 20.0, 34.0, 44.0), False, 24)
-    np.testing.assert_array_equal(found, pixels[20:44, 10:34])
-
-
-def test_half_a_pixel_matters():
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:, 4:] = 200
-    left, right = (view_pixels(pixels, (x, 0, x + 4, 4), False, 4) for x in (2.0, 2.5))
-    assert (right.astype(int) - left).max() > 50
-
-
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_a_large_image_is_averaged_not_sampled(interpolation):
-    checks = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    pixels = np.repeat(checks[..., None], 3, 2)
-    found = view_pixels(pixels, (0, 0, 256, 256), False, 16, interpolation)
-    assert_close(found, 127, tolerance=8)

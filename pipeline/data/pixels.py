@@ -1,8 +1,4 @@
-"""Bytes -> pixels: the one way an image is decoded, stored, cropped and resized.
-
-Teacher and student both see an image through `view_pixels`, so a stored crop box means the same
-pixels to both. Stored images are upright RGB JPEGs.
-"""
+"""Bytes -> pixels: the one way an image is stored and decoded. Stored images are upright RGB JPEGs."""
 
 import io
 
@@ -10,10 +6,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERSION = 1  # raise it when a change here changes stored bytes or pixels
+VERSION = 1  # raise it when a change here changes what is stored or decoded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL decoders that strangers' bytes meet
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class NotAnImage(ValueError):
@@ -100,20 +95,3 @@ def decode(jpg: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(jpg, "RGB")
     except ValueError as error:
         raise NotAnImage(str(error)) from None
-
-
-def view_pixels(
-    image: np.ndarray,
-    box: tuple[float, float, float, float],
-    flip: bool,
-    size: int,
-    interpolation: str = "bicubic",
-) -> np.ndarray:
-    """(height, width, 3) uint8 and a crop box in its pixels -> (size, size, 3) uint8.
-
-    box = (left, top, right, bottom), fractions of a pixel allowed; flip mirrors left and right
-    after the crop. Antialiased, as PIL and CLIP's own preprocessing resize.
-    """
-    resized = Image.fromarray(image).resize((size, size), RESAMPLING[interpolation], box=box)
-    pixels = np.asarray(resized)
-    return pixels[:, ::-1] if flip else pixels

@@ -55,6 +55,29 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(gradient, scaled, grad_input=scaled)
 
 
+def smooth_filters(width: int, side: int, count: int, seed: int) -> Tensor:
+    """(W, 3, p, p) random patch filters of mean length 1 that see only smooth patterns.
+
+    They combine the products of cosines whose two frequencies add up to less than count, in
+    brightness and two opponent colours; what photos hold less of (amplitudes fall with frequency,
+    Field 1987; colour varies less than brightness, Ruderman et al. 1998) counts for more. From a
+    few hundred images a learned projection of p * p * 3 values learns noise.
+    """
+    x = (torch.arange(side) + 0.5) / side
+    waves = torch.cos(torch.pi * torch.arange(count)[:, None] * x)  # (count, p)
+    waves[1:] *= 2**0.5
+    across, down = (f.flatten() for f in torch.meshgrid(*2 * [torch.arange(count)], indexing="ij"))
+    kept = across + down < count
+    across, down = across[kept], down[kept]
+    patterns = waves[across][:, :, None] * waves[down][:, None] * (1 + across + down)[:, None, None]
+    opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+    opponent = F.normalize(opponent, dim=1) * torch.tensor([[1.0], [3.0], [3.0]])
+    basis = torch.einsum("fxy,oc->focxy", patterns, opponent).flatten(0, 1).flatten(1)
+    weights = torch.randn(width, len(basis), generator=torch.Generator().manual_seed(seed))
+    filters = weights @ basis  # (W, 3 p p)
+    return (filters / filters.norm(dim=1).mean()).view(width, 3, side, side)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, W) -> (B, N, W), scaled by 1 / sqrt(D)."""
 

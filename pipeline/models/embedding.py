@@ -13,9 +13,9 @@ import pyarrow as pa
 from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.threads import ahead
-from pipeline.data.pixels import NotAnImage, decode, view_pixels
+from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.shards import embedding_column, open_shard, to_float16
-from pipeline.data.views import View, canonical_view, random_view
+from pipeline.data.views import View, canonical_view, random_view, view_pixels
 from pipeline.models.teacher import Teacher
 
 FACTS = ["image_id", "status", "sha256", "width", "height"]

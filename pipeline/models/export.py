@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
-from pipeline.data.pixels import NotAnImage, decode, view_pixels
+from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.shards import read_shard, shard_paths
-from pipeline.data.views import canonical_view
+from pipeline.data.views import canonical_view, view_pixels
 from pipeline.models.student import Outputs, Student
 
 TOLERANCE = 1e-4  # largest difference between onnxruntime and PyTorch, of values of size about 1

@@ -6,6 +6,7 @@ is a window of JPEGs however many shards there are, plus 12 bytes an image for t
 the number of worker threads nor that of ranks changes what a step sees.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.threads import ahead
 from pipeline.data import ledger
-from pipeline.data.pixels import NotAnImage, decode, view_pixels
+from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.shards import embedding_matrix, open_shard, read_shard
+from pipeline.data.views import view_pixels
 
-VERSION = 1  # raise it when a place means other rows
+VERSION = 2  # raise it when a place means other rows or other parts of them
 BOX = ["left", "top", "right", "bottom"]
 
 
@@ -149,7 +151,8 @@ class Rows:
             if file.num_row_groups < groups * self.views:
                 raise PipelineError(
                     f"data/teacher holds {file.num_row_groups // groups} views, distill.views asks "
-                    f"for {self.views}. Raise teacher_embed.views and run `pipeline teacher-embed`."
+                    f"for {self.views}. Lower distill.views, or raise teacher_embed.views and run "
+                    "`pipeline teacher-embed` (imported embeddings have one view)."
                 )
             table = file.read_row_group(
                 view * groups + group, columns=["image_id", *BOX, "flip", "embedding"]
@@ -252,7 +255,8 @@ def batches_of(rows: Rows, numbers: Iterable[int], batch: int, *, workers: int) 
 def _glimpse(row: dict, least: float, *place: int) -> dict:
     """Part of a row's view: least to 1 of its area, in its shape, anywhere in it; a fair flip.
 
-    For targets of which only one view is stored. The target stays: it is right for the whole.
+    On whole pixels, outwards. For targets of which only one view is stored: the target stays, which
+    is right for the whole.
     """
     rng = np.random.default_rng(place)
     left, top, right, bottom = row["box"]
@@ -260,7 +264,8 @@ def _glimpse(row: dict, least: float, *place: int) -> dict:
     width, height = (right - left) * side, (bottom - top) * side
     left, top = rng.uniform(left, right - width), rng.uniform(top, bottom - height)
     flip = row["flip"] != (rng.random() < 0.5)
-    return {"box": (left, top, left + width, top + height), "flip": flip}
+    box = math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)
+    return {"box": tuple(map(float, box)), "flip": flip}
 
 
 def _collected(rows: Rows, wanted, size: int, workers: int) -> Iterator[Batch]:
@@ -288,6 +293,7 @@ def _group_starts(path: Path) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
 
 
+@lru_cache(maxsize=1024)
 def _mixed(*numbers: int) -> int:
     """A well-spread integer from some small ones: which view a row group starts with."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

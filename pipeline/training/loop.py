@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.core.config import DistillConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
+from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
 from pipeline.training.batches import Batch
 from pipeline.training.losses import loss_terms
@@ -216,29 +217,6 @@ class Trainer:
             decay = min(self.config.ema, (self.step + 1) / (self.step + 10))  # soon near the start
             for name, parameter in self._named():
                 self.average[name].lerp_(parameter, 1 - decay)
-
-
-def smooth_filters(width: int, side: int, count: int, seed: int) -> Tensor:
-    """(W, 3, p, p) random patch filters of mean length 1 that see only smooth patterns.
-
-    They combine the products of cosines whose two frequencies add up to less than count, in
-    brightness and two opponent colours; what photos hold less of (amplitudes fall with frequency,
-    Field 1987; colour varies less than brightness, Ruderman et al. 1998) counts for more. From a
-    few hundred images a learned projection of p * p * 3 values learns noise.
-    """
-    x = (torch.arange(side) + 0.5) / side
-    waves = torch.cos(torch.pi * torch.arange(count)[:, None] * x)  # (count, p)
-    waves[1:] *= 2**0.5
-    across, down = (f.flatten() for f in torch.meshgrid(*2 * [torch.arange(count)], indexing="ij"))
-    kept = across + down < count
-    across, down = across[kept], down[kept]
-    patterns = waves[across][:, :, None] * waves[down][:, None] * (1 + across + down)[:, None, None]
-    opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-    opponent = F.normalize(opponent, dim=1) * torch.tensor([[1.0], [3.0], [3.0]])
-    basis = torch.einsum("fxy,oc->focxy", patterns, opponent).flatten(0, 1).flatten(1)
-    weights = torch.randn(width, len(basis), generator=torch.Generator().manual_seed(seed))
-    filters = weights @ basis  # (W, 3 p p)
-    return (filters / filters.norm(dim=1).mean()).view(width, 3, side, side)
 
 
 def write_log(path: Path, log: list[dict]) -> None:

@@ -1,0 +1,34 @@
+"""What the benchmarks measure of a student on a held-out split, at view 0."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import Student
+from pipeline.data.targets import split_vectors, text_vectors, training_mean
+from pipeline.evaluation.metrics import fidelity, ranks_of_own
+from pipeline.training.batches import Rows, batches_of
+
+
+def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[str, float]:
+    """cosine, its floor, centred cosine, student-teacher R@1 and, with captions, text-image R@1."""
+    ids, teacher = split_vectors(data, split)
+    place = {key: i for i, key in enumerate(ids)}
+    rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
+    found = np.zeros_like(teacher)
+    for batch in batches_of(rows, range(len(rows)), 128, workers=2):
+        with torch.inference_mode():
+            pixels = student.normalise(torch.from_numpy(batch.pixels).permute(0, 3, 1, 2))
+            found[[place[key] for key in batch.ids]] = student(pixels)[0].float().numpy()
+    close = fidelity(found, teacher, training_mean(data))
+    figures = {"cosine": close["cosine"]["value"], "floor": close["cosine"]["floor"]}
+    figures["centred cosine"] = close["centred_cosine"]["value"]
+    own = np.arange(len(ids))
+    figures["student-teacher R@1"] = float((ranks_of_own(found, teacher, own) < 1).mean())
+    _, owners, texts = text_vectors(data, "image_id IS NOT NULL", [])
+    mine = [i for i, key in enumerate(owners) if key in place]
+    if mine:
+        right = np.array([place[owners[i]] for i in mine])
+        figures["text-image R@1"] = float((ranks_of_own(texts[mine], found, right) < 1).mean())
+    return figures
