@@ -25,7 +25,10 @@ from stages.download import download
 from stages.evaluate import evaluate
 from stages.select import select
 
-CARD = Path(__file__).parents[1] / "manifests/teachers/clip-vit-b32.yaml"
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "manifests/teachers/clip-vit-b32.yaml"
+PATHS = [("teacher_embed", key) for key in ("card", "prompts", "templates")]
+PATHS += [("evaluate", "templates")]
 BATCH = 64
 RECIPE = {
     "loss": {"l1": 1.0, "cosine": 0.0, "relational": 0.25, "caption": 0.0},
@@ -77,6 +80,8 @@ def params_file(shared: Path, work: Path) -> Path:
     values = yaml.safe_load(params.read_text())
     root = shared.resolve() / "photos/flickr8k"
     values["download"] |= {"manifest": str(manifest), "root": str(root), "buckets": 4}
+    for section, key in PATHS:  # of this repository, wherever the command is started
+        values[section][key] = str(ROOT / values[section][key])
     params.write_text(yaml.safe_dump(values))
     return params
 
@@ -102,8 +107,9 @@ def train_and_measure(options, params: Path, steps: int, seed: int) -> dict:
     config["validate_every"] = max(1, steps // 10)
     speed = {"device": options.device, "workers": options.workers}
     distill(DistillConfig.model_validate(config), data, **speed)
-    measure = EvaluateConfig(split=options.split, batch=BATCH, prompts=[])
-    return evaluate(measure, data, **speed)
+    measure = load_section(params, "evaluate").model_dump()
+    measure |= {"split": options.split, "batch": BATCH, "prompts": []}
+    return evaluate(EvaluateConfig.model_validate(measure), data, **speed)
 
 
 def print_row(seed: int, figures: dict) -> None:

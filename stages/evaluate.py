@@ -22,16 +22,19 @@ from pipeline.core.provenance import Work, content, libraries, lock, read_stamp,
 from pipeline.data import shards
 from pipeline.data.runs import append_run
 from pipeline.data.targets import split_vectors, text_vectors, training_mean
+from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
 from pipeline.evaluation.grounding import pointing_figures
 from pipeline.evaluation.report import NAME as REPORT
 from pipeline.evaluation.report import write_report
+from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
 
 STAGE = "evaluate"
-VERSION = 1  # raise it when a figure is computed in another way
+VERSION = 2  # raise it when a figure is computed in another way
 METRICS, RETRIEVAL = "metrics.json", "retrieval.csv"
+RANKED = 1024  # texts, at most, for which all images are put in order: what takes longest
 
 
 def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", workers: int = 2) -> dict:
@@ -46,7 +49,9 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
             work.begin()
             began, target = time.monotonic(), pick_device(device)
             student = Student.load(data / "student").to(target)
+            loaded = time.monotonic()
             embedded = _write_index(work, config, data, student, workers)
+            spent = time.monotonic() - loaded
             figures = _figures(work, config, data, student, workers)
             write_json(work.folder / METRICS, figures)
             work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
@@ -57,9 +62,8 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
             work.commit(REPORT, report)
             index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
             work.publish([METRICS, RETRIEVAL, REPORT, *index], figures)
-            append_run(
-                data, STAGE, work.stamp, recipe, _flat(figures), str(target), began, embedded
-            )
+            values = _flat(figures) | _facts(student)
+            append_run(data, STAGE, work.stamp, recipe, values, str(target), began, embedded, spent)
         return read_stamp(work.out, STAGE)["summary"]
 
 
@@ -76,7 +80,8 @@ def _recipe(config: EvaluateConfig, data: Path) -> dict:
             "`pipeline distill` first."
         )
     versions = {"evaluate": VERSION, "shards": shards.VERSION}
-    recipe = {"config": config.model_dump(), "versions": versions, "student": content(student)}
+    settings = config.model_dump() | {"templates": read_templates(Path(config.templates))}
+    recipe = {"config": settings, "versions": versions, "student": content(student)}
     return recipe | inputs
 
 
@@ -162,9 +167,14 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
             "queries": len(mine),
             "distinct_texts": len({texts[i] for i in mine}),
             "overlap@10": _overlap(vectors[mine], found, teacher),
+            "rank_correlation": _rank_correlation(vectors[mine], found, teacher),
         }
-    pointing = pointing_figures(data, config.split, student, config.batch, workers)
-    return figures | ({"pointing": pointing} if pointing else {})
+    templates = work.recipe["config"]["templates"]
+    more = {
+        "pointing": pointing_figures(data, config.split, student, config.batch, workers),
+        "zero_shot": zero_shot_figures(data, ids, found, teacher, templates),
+    }
+    return figures | {name: group for name, group in more.items() if group}
 
 
 def _with_ceiling(student: dict, teacher: dict) -> dict:
@@ -173,12 +183,22 @@ def _with_ceiling(student: dict, teacher: dict) -> dict:
 
 def _overlap(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> dict:
     """Agreement of the ten best images of a text, by student and by teacher."""
-    shares = [
-        metrics.overlap_at(10, block @ student.T, block @ teacher.T)
-        for block in np.array_split(texts, max(1, len(texts) // 1024))
-    ]
+    shares = _per_text(partial(metrics.overlap_at, 10), texts, student, teacher)
     floor = min(1.0, 10 / len(student))
-    return metrics.mean_interval(np.concatenate(shares)) | {"floor": floor, "ceiling": 1.0}
+    return metrics.mean_interval(shares) | {"floor": floor, "ceiling": 1.0}
+
+
+def _rank_correlation(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> dict:
+    """Agreement on the order of all images for a text; of RANKED texts, evenly spaced, at most."""
+    some = np.linspace(0, len(texts) - 1, min(len(texts), RANKED)).round().astype(int)
+    agreement = _per_text(metrics.rank_correlation, texts[some], student, teacher)
+    return metrics.mean_interval(agreement) | {"floor": 0.0, "ceiling": 1.0}
+
+
+def _per_text(measure, texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """A measure of two score matrices for all texts; blocks of them bound the memory."""
+    blocks = np.array_split(texts, -(-len(texts) // 256))
+    return np.concatenate([measure(block @ student.T, block @ teacher.T) for block in blocks])
 
 
 def _retrieval_csv(figures: dict) -> str:
@@ -192,6 +212,15 @@ def _retrieval_csv(figures: dict) -> str:
             for who, value in (("student", "value"), ("chance", "floor"), ("teacher", "ceiling")):
                 writer.writerow([task, k, who, figure[value]])
     return text.getvalue()
+
+
+def _facts(student: Student) -> dict:
+    """What tells runs of different students apart."""
+    return {
+        "student.pool": student.config.pool,
+        "student.image_size": student.config.image_size,
+        "student.parameters": sum(parameter.numel() for parameter in student.parameters()),
+    }
 
 
 def _flat(figures: dict, prefix: str = "") -> dict:

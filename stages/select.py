@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.core.config import SelectConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, content, libraries, lock, read_stamp
+from pipeline.core.provenance import Work, command, content, libraries, lock, read_stamp
 from pipeline.data import ledger, shards
 from pipeline.data.duplicates import near_duplicate_groups
 
@@ -33,7 +33,7 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
         if teacher["recipe"]["images"] != images:
             raise PipelineError(
                 "data/teacher was made from other images than data/images holds now. Run "
-                "`pipeline teacher-embed` first."
+                f"`pipeline {command(teacher['stage'])}` first."
             )
         versions = {"select": VERSION, "shards": shards.VERSION}
         recipe = {"config": config.model_dump(), "versions": versions}

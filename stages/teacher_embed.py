@@ -6,7 +6,9 @@ Cost:  the teacher's forward pass, once per image and view; a killed run loses a
 """
 
 import json
+import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,15 @@ from pipeline.core.devices import pick_device, pick_dtype
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, content, digest, lock, read_stamp, write_json
 from pipeline.data import pixels, shards, views
-from pipeline.data.texts import box_texts, read_prompts, text_id
+from pipeline.data.runs import append_run
+from pipeline.data.texts import (
+    box_texts,
+    class_prompts,
+    labels,
+    read_prompts,
+    read_templates,
+    text_id,
+)
 from pipeline.models.card import read_card
 from pipeline.models.embedding import Known, text_vectors, view_tables
 from pipeline.models.teacher import Teacher, teacher_libraries, teacher_recipe
@@ -52,22 +62,34 @@ def teacher_embed(
             },
         }
         crops = config.model_dump(include={"crop_area", "crop_ratio", "seed"})
-        prompts = {*read_prompts(Path(config.prompts)), *box_texts(data / "images")}
+        prompts = _prompts(config, data / "images")
         recipe = vectors | {"crops": crops, "views": config.views}
-        prompts = sorted(prompts)
         recipe |= {"images": content(images), "prompts": digest(prompts)}
         work = Work(data, STAGE, data / "teacher", recipe)
         if not work.published():
             _refuse_other_teacher(work.out, vectors)
             work.begin()
+            began, embedded = time.monotonic(), (0, 0.0)
             origins = _origins(images, vectors, crops, config.views, prompts)
             missing = [name for name in origins if not _settled(work, name, origins[name])]
             if missing:
                 teacher = Teacher(card_path, target)
                 _lower(teacher, dtype, work, data / "images")
-                _embed(teacher, work, config, data / "images", missing, origins, prompts, workers)
-            work.publish(list(origins), _summary(work, list(origins), recipe))
+                embedded = _embed(
+                    teacher, work, config, data / "images", missing, origins, prompts, workers
+                )
+            summary = _summary(work, list(origins), recipe)
+            work.publish(list(origins), summary)
+            counts = {name: summary[name] for name in ("images", "texts", "views")}
+            append_run(data, STAGE, work.stamp, recipe, counts, str(target), began, *embedded)
         return read_stamp(work.out, STAGE)["summary"]
+
+
+def _prompts(config: TeacherEmbedConfig, images: Path) -> list[str]:
+    """All texts that belong to no single image, sorted: prompts, texts of boxes, class prompts."""
+    templates = read_templates(Path(config.templates))
+    classes = chain.from_iterable(class_prompts(templates, label) for label in labels(images))
+    return sorted({*read_prompts(Path(config.prompts)), *box_texts(images), *classes})
 
 
 def _refuse_other_teacher(out: Path, vectors: dict) -> None:
@@ -118,7 +140,7 @@ def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
                 size = row["width"], row["height"]
                 box = views.canonical_view(*size, teacher.resize_mode, teacher.image_size).box
                 image = pixels.decode(row["jpg"])
-                found.append(pixels.view_pixels(image, box, False, teacher.image_size))
+                found.append(views.view_pixels(image, box, False, teacher.image_size))
                 texts += row["captions"][:1]
         if len(found) == PROBE:
             break
@@ -128,18 +150,22 @@ def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
     write_json(work.folder / PROBE_FILE, {"least_cosine_to_float32": cosine, "rows": len(found)})
 
 
-def _embed(teacher, work, config, images, missing, origins, prompts, workers) -> None:
-    """Compute and commit what is missing, a shard at a time."""
+def _embed(teacher, work, config, images, missing, origins, prompts, workers) -> tuple[int, float]:
+    """Compute and commit what is missing, a shard at a time; returns how many views the teacher
+    saw, and the seconds that took.
+    """
     extra = {"preprocessing": teacher.preprocessing(), "libraries": teacher_libraries()}
-    size = teacher.embedding_size
+    size, embedded, spent = teacher.embedding_size, 0, 0.0
     todo = [name for name in missing if name.startswith("images/")]
     with tqdm(total=_views_in(images, todo) * config.views, unit="image", desc=STAGE) as bar:
         for name in missing:
             source, schema = images / Path(name).name, shards.texts_schema(size)
             if name.startswith("images/"):
                 known = _known_views(work, name, origins[name])
-                before = len(known)
+                before, began = len(known), time.monotonic()
                 tables = view_tables(teacher, source, config, known, workers, bar.update)
+                spent += time.monotonic() - began
+                embedded += len(known) - before
                 bar.update(sum(table.num_rows for table in tables) - (len(known) - before))
                 schema = shards.teacher_schema(size)
             else:
@@ -152,6 +178,7 @@ def _embed(teacher, work, config, images, missing, origins, prompts, workers) ->
             made = origins[name] | extra
             write = partial(shards.write_shard, schema=schema, groups=tables, provenance=made)
             work.commit(name, write)
+    return embedded, spent
 
 
 def _views_in(images: Path, names: list[str]) -> int:

@@ -23,7 +23,9 @@ def distill_config(**changes) -> DistillConfig:
 
 
 def evaluate_config() -> EvaluateConfig:
-    return EvaluateConfig(split="test", batch=16, prompts=["a red circle"])
+    return EvaluateConfig(
+        split="test", batch=16, prompts=["a red circle"], templates=str(worlds.TEMPLATES)
+    )
 
 
 @pytest.fixture(scope="session")

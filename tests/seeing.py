@@ -34,19 +34,20 @@ def handmade(data: Path) -> Path:
         for i, name in enumerate(NAMES)
     ]
     lost = {"row_id": "r9", "image_id": "apple", "url": "file:apple.jpg", "status": "duplicate_url"}
-    _write(data / "images/00000.parquet", shards.IMAGES, [*images, lost])
+    write(data / "images/00000.parquet", shards.IMAGES, [*images, lost])
     views = [{"image_id": n, "view": 0, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
     views += [{"image_id": n, "view": 1, "embedding": teacher[3]} for n in NAMES]
-    _write(data / "teacher/images/00000.parquet", shards.teacher_schema(SIZE), views)
+    write(data / "teacher/images/00000.parquet", shards.teacher_schema(SIZE), views)
     texts = [{"text_id": n, "text": n, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
-    _write(data / "teacher/texts/prompts.parquet", shards.texts_schema(SIZE), texts)
+    write(data / "teacher/texts/prompts.parquet", shards.texts_schema(SIZE), texts)
     student = teacher[[1, 0, 2, 3]]
     index = [{"image_id": n, "embedding": student[i]} for i, n in enumerate(NAMES)]
-    _write(data / "index/00000.parquet", shards.index_schema(SIZE), index)
+    write(data / "index/00000.parquet", shards.index_schema(SIZE), index)
     return data / "index"
 
 
-def _write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
+def write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
+    """A shard of these rows; what a row leaves out is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {}
     for field in schema:
@@ -94,4 +95,5 @@ def distill_config() -> DistillConfig:
 
 def evaluate_config(**changes) -> EvaluateConfig:
     values = {"split": "test", "batch": 8, "prompts": ["a red circle", "never embedded"]}
+    values |= {"templates": str(worlds.TEMPLATES)}
     return EvaluateConfig(**values | changes)

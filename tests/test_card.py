@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.core.errors import PipelineError
 from pipeline.models.card import check_weights, read_card, weights_file
+from pipeline.models.cardwriter import write_card
 
 
 @pytest.fixture
@@ -86,3 +88,39 @@ def test_weights_that_are_not_named_clearly_are_refused(card):
     for path in card.parent.glob("*.safetensors"):
         path.unlink()
     assert "found no *.safetensors" in refusal(card)
+
+
+# Writing one
+
+
+def test_a_written_card_names_the_teacher_that_was_loaded(card, tmp_path, monkeypatch):
+    from pipeline.models.teacher import Teacher
+
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "cards/mine.yaml"
+    written = write_card("local-dir:teacher", None, out)
+    assert written == read_card(out)
+    assert (written.name, written.activation) == ("mine", "gelu")
+    assert written.sha256 == read_card(card).sha256
+    assert Teacher(out, torch.device("cpu")).golden() == written.golden.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "expected"),
+    [
+        ("ViT-B-32", "weights.pt", "weights.pt: ViT-B-32 with "),
+        ("ViT-B-32", "none.pt", "no checkpoint none.pt"),
+        ("ViT-B-32", None, "ViT-B-32 names no weights"),
+        ("local-dir:none", None, "local-dir:none: expected one open_clip_model.safetensors"),
+    ],
+)
+def test_a_teacher_that_cannot_be_loaded_is_named_as_the_user_named_it(
+    tmp_path, monkeypatch, model, pretrained, expected
+):
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pt").write_bytes(b"no weights")
+    with pytest.raises(PipelineError) as caught:
+        write_card(model, pretrained, Path("cards/mine.yaml"))
+    assert str(caught.value).startswith(expected)
+    assert "mine.yaml" not in str(caught.value)
+    assert not list(Path("cards").glob("*")), "half a card"

@@ -5,7 +5,6 @@ same bytes, or says what is wrong. `pytest -m faults` runs the long ones and pri
 # ruff: noqa: F811  # a fixture's name is also an argument's
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -21,7 +20,6 @@ import pytest
 import worlds
 from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
-from pipeline.core.provenance import STAMP_FILE
 from pipeline.data.audit import INPUTS, ROOMS
 from pipeline.evaluation.verify import verify
 
@@ -169,7 +167,7 @@ def disk(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("free", [0, 64 << 10])
-@pytest.mark.parametrize("room", ["images", "teacher", "student"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_a_full_disk_is_one_message_and_then_the_same_bytes(bench, disk, counts, room, free):
     folder, leave = disk
     data = bench.before(room, folder / "data")
@@ -215,16 +213,6 @@ def damaged(path: Path, draw: random.Random) -> str:
     return f"bit flipped at {at}"
 
 
-def only_a_record(sound: bytes, path: Path) -> bool:
-    """Whether a stamp differs in nothing but what was measured of the teacher's lower precision."""
-    if path.name != STAMP_FILE:
-        return False
-    before, after = json.loads(sound), json.loads(path.read_bytes())
-    for stamp in (before, after):
-        stamp["summary"].pop("fidelity", None)
-    return before == after
-
-
 def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -> None:
     shutil.copytree(finished, data)
     draw = random.Random(SEED)
@@ -235,9 +223,8 @@ def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -
             how = damaged(path, draw)
             found = verify(data)
             counts["files damaged"] += 1
-            if not found:
-                counts["damages of a measured record, not found"] += 1
-                assert only_a_record(sound, path), f"{path.relative_to(data)}, {how}"
+            counts["damages not found"] += not found
+            assert found, f"{path.relative_to(data)}, {how}"
             path.write_bytes(sound)
     assert verify(data) == []
 

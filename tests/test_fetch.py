@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import fetch
-from pipeline.data.fetch import FetchRules, fetch_lists, split_error
+from pipeline.data.fetch import RETRYABLE, FetchRules, fetch_lists, split_error
 
 SECRET = b"\x89PNG secret bytes below nobody's root"
 
@@ -94,7 +94,7 @@ def hostile(tmp_path_factory):
         "/drip.jpg": web.drip(good, 0.1),
         "/gone.jpg": web.status(410),
         "/error.jpg": web.status(500),
-        "/busy.jpg": web.status(429),
+        "/busy.jpg": web.body(b"", 429, Retry_After="60"),
         "/loop.jpg": web.redirect("/loop.jpg"),
         "/moved.jpg": web.redirect("/good.jpg"),
         "/to_file.jpg": web.redirect(f"file://{folder}/secret.png"),
@@ -184,6 +184,21 @@ def test_a_failed_row_keeps_its_id_says_why_and_holds_no_bytes(hostile, name):
     assert row["status"] != "success"
     assert row["image_id"] == f"id of {row['url']}"
     assert row["jpg"] is None
+
+
+def test_a_refusal_for_politeness_names_the_rule(hostile):
+    found = {
+        name: hostile[0][name]["error_message"] for name in ("/a/forbidden.jpg", "/tagged.jpg")
+    }
+    assert found == {
+        "/a/forbidden.jpg": "robots: robots.txt of 127.0.0.1: Disallow: /*/forbidden.jpg$",
+        "/tagged.jpg": "robots: X-Robots-Tag: noimageai",
+    }
+
+
+def test_a_server_that_is_busy_is_asked_again_another_time_and_its_wish_recorded(hostile):
+    status, detail = split_error(hostile[0]["/busy.jpg"]["error_message"])
+    assert status in RETRYABLE and detail == "HTTP 429, asks for a pause of 60 s"
 
 
 @pytest.mark.parametrize("name", ["/good.jpg", "/moved.jpg", "https"])

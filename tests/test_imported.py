@@ -7,13 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import worlds
+from finished import distill_config
 from PIL import Image
 
 from pipeline.core.config import DistillConfig, DownloadConfig, EvaluateConfig, SelectConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, read_stamp
+from pipeline.core.provenance import Work, digest, read_stamp
 from pipeline.data import ledger
 from pipeline.data.imported import import_embeddings
+from pipeline.evaluation.verify import verify
 from stages.download import download
 
 IMAGES, SIZE = 40, 16
@@ -221,11 +224,30 @@ def test_import_and_teacher_embed_do_not_overwrite_each_other(data, tmp_path):
     import_embeddings(data, source, teacher=TEACHER)
     with pytest.raises(PipelineError, match="did not write"):
         Work(data, "teacher_embed", data / "teacher", {}).begin()
-    stamp = data / "teacher/_stamp.json"
-    stamp.write_text(stamp.read_text().replace("import_embeddings", "teacher_embed"))
+    worlds.forge_stamp(data / "teacher", lambda stamp: stamp.update(stage="teacher_embed"))
     other = npz(tmp_path / "w.npz", image=files(), embedding=vectors(IMAGES, seed=3))
     with pytest.raises(PipelineError, match="did not write"):
         import_embeddings(data, other, teacher=TEACHER)
+
+
+def test_what_was_imported_is_to_be_imported_again_when_the_images_have_changed(data, tmp_path):
+    from stages.distill import distill
+    from stages.select import select
+
+    source = npz(tmp_path / "v.npz", image=files(), embedding=vectors(IMAGES))
+    import_embeddings(data, source, teacher=TEACHER)
+    select(worlds.select_config(), data)
+
+    def of_other_images(stamp: dict) -> None:
+        stamp["recipe"]["images"] = "other"
+        stamp["stamp"] = digest(stamp["recipe"])
+
+    worlds.forge_stamp(data / "teacher", of_other_images)
+    with pytest.raises(PipelineError, match="Run `pipeline import embeddings` first"):
+        select(worlds.select_config(), data)
+    with pytest.raises(PipelineError, match="Run `pipeline import embeddings`, then"):
+        distill(distill_config(), data, device="cpu", workers=1)
+    assert "pipeline import embeddings" in {finding.run for finding in verify(data)}
 
 
 def test_a_second_import_of_the_same_source_rewrites_nothing(data, tmp_path):
@@ -261,7 +283,8 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
         }
     )  # fmt: skip
     assert distill(config, data, device="cpu", workers=1)["steps"] == 2
-    figures = evaluate(EvaluateConfig(split="test", batch=8, prompts=[]), data, device="cpu")
+    config = EvaluateConfig(split="test", batch=8, prompts=[], templates=str(worlds.TEMPLATES))
+    figures = evaluate(config, data, device="cpu")
     assert figures["images"] == counts["test"]
     assert read_stamp(data / "student", "distill")["recipe"]["teacher"]
 

@@ -104,6 +104,31 @@ def test_without_the_teacher_what_is_left_out_is_named(data, photo, tmp_path):
     assert (tmp_path / "look.png").stat().st_size > 10_000
 
 
+def test_hostile_prompts_are_drawn_as_text(queries, photo, tmp_path):
+    prompts = ["🦀", "$\\frac{1}$", "word " * 500, "\x1b[31mred\n\nnew line", "\u202eright to left"]
+    seen = look(queries, photo, prompts)
+    assert len(seen.queries) == 5
+    assert seen.notes == ["Only the first 16 tokens of the text count."]
+    look_figure(seen, tmp_path / "look.png")
+    with Image.open(tmp_path / "look.png") as image:
+        assert image.width < 2000 and image.height < 3000
+
+
+def test_one_odd_patch_does_not_flatten_the_maps(queries, photo, tmp_path, monkeypatch):
+    """The least of 96 cosines is far below the rest: the scale starts at the second percentile."""
+    seen = look(queries, photo, ["a red circle", "a blue square", "a circle"])
+    seen.student.patches[0, 0] = -seen.student.patches[0, 0]
+    scales = []
+    monkeypatch.setattr(
+        "pipeline.evaluation.look.figures.colour_bar", lambda *a, **_: scales.append(a[2:4])
+    )
+    look_figure(seen, tmp_path / "look.png")
+    views = seen.student.patches, seen.teacher.patches
+    cosines = np.stack([v @ query.student for v in views for query in seen.queries])
+    low, high = scales[1]
+    assert cosines.min() < low < np.percentile(cosines, 5) and high == cosines.max()
+
+
 def test_a_look_without_prompts_shows_the_weights(data, photo, tmp_path):
     look_figure(look(Queries(data), photo, []), tmp_path / "look.png")
     assert (tmp_path / "look.png").is_file()

@@ -149,6 +149,45 @@ def test_overlap_is_the_common_share_of_the_best_k():
     np.testing.assert_allclose(metrics.overlap_at(10, a, b), [1, 1])
 
 
+# Rank correlation
+
+
+def test_spearmans_correlation_has_its_textbook_value():
+    """The worked example of Wikipedia, "Spearman's rank correlation coefficient": -29/165."""
+    iq = np.array([[106, 100, 86, 101, 99, 103, 97, 113, 112, 110]])
+    hours = np.array([[7, 27, 2, 50, 28, 29, 20, 12, 6, 17]])
+    assert metrics.rank_correlation(iq, hours) == pytest.approx([-29 / 165])
+
+
+def test_rank_correlation_is_scipys_with_ties_and_without():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 30)), rng.integers(0, 4, (40, 30))
+    expected = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(metrics.rank_correlation(a, b), expected, atol=1e-12)
+
+
+def test_tied_scores_share_their_ranks():
+    """By hand: ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3 leave 4.5 / sqrt(4.5 * 5)."""
+    tied, apart = np.array([[1, 2, 2, 9]]), np.array([[1, 2, 3, 4]])
+    assert metrics.rank_correlation(tied, apart) == pytest.approx([4.5 / np.sqrt(4.5 * 5)])
+
+
+def test_only_the_order_counts():
+    scores = unit(5, 40).astype(float)
+    np.testing.assert_allclose(metrics.rank_correlation(scores, np.exp(9 * scores)), 1)
+    np.testing.assert_allclose(metrics.rank_correlation(scores, -scores), -1)
+
+
+def test_a_student_that_says_one_thing_of_all_images_agrees_with_nothing():
+    assert metrics.rank_correlation(np.full((2, 9), 0.7), unit(2, 9)).tolist() == [0, 0]
+
+
+def test_unrelated_rankings_agree_at_the_floor():
+    found = metrics.mean_interval(metrics.rank_correlation(unit(500, 30, 1), unit(500, 30, 2)))
+    assert found["low"] < 0 < found["high"]
+
+
 # Pointing
 
 

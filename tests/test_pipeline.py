@@ -92,6 +92,31 @@ def test_metrics_and_plots_are_what_dvc_reads(finished):
     assert "val_cosine" in page and "recall" in page
 
 
+@pytest.mark.slow
+def test_an_experiment_of_dvc_runs_what_its_parameters_change_and_is_compared(
+    tmp_path, tiny_teacher
+):
+    checkout = small(tmp_path, tiny_teacher)
+    checkout.run("dvc", "config", "core.no_scm", "false")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    for command in (
+        ("git", "init", "--quiet"), ("git", "config", "user.name", "somebody"),
+        ("git", "config", "user.email", "somebody@example.org"), ("dvc", "repro", "evaluate"),
+        ("git", "add", "--all"), ("git", "commit", "--quiet", "--message", "first"),
+    ):  # fmt: skip
+        checkout.run(*command)
+    changed = "distill.learning_rate=0.0001"
+    output = checkout.run("dvc", "exp", "run", "evaluate", "--set-param", changed)
+    ran = re.findall("Running stage '([a-z_]+)'", output)
+    assert ran == ["distill", "evaluate"]
+    metrics = json.loads(checkout.run("dvc", "metrics", "diff", "--json"))
+    cosine = metrics["data/evaluation/metrics.json"]["fidelity.cosine.value"]
+    assert cosine["old"] != cosine["new"]
+    assert "0.0001" in checkout.run("dvc", "exp", "show", "--csv")
+    plots = checkout.run("dvc", "plots", "diff", "HEAD", "--out", "plots")
+    assert "plots" in plots
+
+
 def test_every_question_of_the_readme_has_an_answer(finished):
     questions = re.findall(r"^pipeline query .*?\"$", README, re.MULTILINE | re.DOTALL)
     assert len(questions) >= 5
@@ -103,8 +128,8 @@ def test_every_question_of_the_readme_has_an_answer(finished):
 
 def test_the_readmes_lines_embed_an_image_with_onnxruntime_alone(finished):
     from pipeline import Student
-    from pipeline.data.pixels import decode, view_pixels
-    from pipeline.data.views import canonical_view
+    from pipeline.data.pixels import decode
+    from pipeline.data.views import canonical_view, view_pixels
 
     finished.run("pipeline", "export", "student.onnx")
     jpg = worlds.picture(3, width=60, height=40, kind="JPEG", quality=95)

@@ -1,9 +1,11 @@
 """What may be fetched: addresses, URLs, paths, robots, and the opener that obeys, on loopback."""
 
+import math
 import re
 import socket
 import threading
 import time
+from email.utils import formatdate
 from ipaddress import ip_address
 from urllib.request import Request
 
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import opener as opener_module
-from pipeline.data.opener import Opener
+from pipeline.data.opener import Opener, retry_after
 from pipeline.data.policy import (
+    RETRYABLE,
     FetchError,
     FetchRules,
     is_allowed,
@@ -24,7 +27,7 @@ from pipeline.data.policy import (
     read_local,
     split_error,
 )
-from pipeline.data.robots import forbidden_by_tag, may_fetch, robots_rules
+from pipeline.data.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
 
 US = frozenset({"extrahead", "img2dataset"})
 
@@ -281,6 +284,66 @@ def test_what_may_succeed_later_is_tried_again_and_nothing_else():
     assert server.paths() == ["/flaky"] * 3 + ["/down"] * 2 + ["/gone"]
 
 
+NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("120", 120), (" 5 ", 5), ("0", 0), ("9" * 15, 999_999_999_999_999)),
+        *(("Sun, 06 Nov 1994 08:50:37 GMT", 60), ("Sunday, 06-Nov-94 08:50:37 GMT", 60)),
+        *(("Sun Nov  6 08:50:37 1994", 60), ("Sun, 06 Nov 1994 08:00:00 GMT", 0)),
+        *(("", 0), ("soon", 0), ("-5", 0), ("1.5", 0), ("\u0665", 0), ("9" * 5000, 0)),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
+    ],
+)
+def test_a_pause_is_a_number_of_seconds_or_one_of_the_three_dates_of_http(text, seconds):
+    assert retry_after(text, NOW) == seconds
+
+
+@given(st.text() | st.from_regex(r"[A-Z][a-z]{2}, \d+ [A-Z][a-z]{2} \d+ [\d:]+( [+-]?\w+)?"))
+def test_any_text_asks_for_a_pause_that_is_a_number(text):
+    assert 0 <= retry_after(text, NOW) < math.inf
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_that_asks_for_a_pause_gets_it(code):
+    busy = web.body(b"", code, Retry_After="2")
+    with web.serve({"/": web.in_turn(busy, web.body(b"image"))}) as server:
+        start = time.monotonic()
+        assert get(server.url("/"), retries=1, timeout_s=5.0) == b"image"
+        assert time.monotonic() - start >= 2.0  # by itself the first pause is half a second
+
+
+def test_a_date_to_wait_for_is_waited_for():
+    def busy(request):
+        date = formatdate(time.time() + 3, usegmt=True)  # whole seconds
+        web.body(b"", 503, Retry_After=date)(request)
+
+    with web.serve({"/": web.in_turn(busy, web.body(b"image"))}) as server:
+        start = time.monotonic()
+        assert get(server.url("/"), retries=1, timeout_s=5.0) == b"image"
+        assert time.monotonic() - start >= 1.9
+
+
+def test_a_longer_pause_than_a_try_may_take_is_left_to_a_later_run_and_recorded():
+    pages = {"/": web.body(b"", 429, Retry_After="20")}
+    with web.serve(pages) as server:
+        with pytest.raises(FetchError) as caught:
+            get(server.url("/"), retries=1, timeout_s=1.0)
+        assert server.paths() == ["/"]
+    assert str(caught.value) == "server_error: HTTP 429, asks for a pause of 20 s"
+    assert caught.value.status in RETRYABLE
+
+
+def test_robots_txt_that_asks_for_a_pause_gets_it_too():
+    answers = web.in_turn(web.body(b"", 503, Retry_After="2"), web.body(b""))
+    with web.serve({"/a": b"image", "/robots.txt": answers}) as server:
+        start = time.monotonic()
+        assert get(server.url("/a"), respect_robots=True, retries=1, timeout_s=5.0) == b"image"
+        assert time.monotonic() - start >= 2.0
+
+
 def test_a_host_gets_no_more_requests_at_once_than_allowed_and_waiting_costs_no_time():
     with web.serve({"/": web.after(0.3, web.body(b"image"))}) as server:
         shared, bodies = opener(per_host=2, timeout_s=1.0), []
@@ -385,6 +448,10 @@ Disallow:
 """
 
 
+def may_fetch(rules: Rules, path: str) -> bool:
+    return forbidden_by_rule(rules, path) is None
+
+
 def test_groups_that_name_us_count_together_and_the_others_not_at_all():
     rules = robots_rules(RFC_9309, US)
     assert may_fetch(rules, "/example/page.html")
@@ -399,6 +466,16 @@ def test_a_robot_that_no_group_names_follows_the_star():
     assert not may_fetch(rules, "/%65xample/x")
     assert may_fetch(rules, "/a/b.gif?x") and may_fetch(rules, "/publications/")
     assert may_fetch(robots_rules("", US), "/") and may_fetch(robots_rules("nonsense", US), "/")
+
+
+def test_a_refusal_names_the_rule_that_forbids():
+    rules = robots_rules("User-agent: *\nDisallow: /p\nDisallow: /*.jpg$", US)
+    assert forbidden_by_rule(rules, "/p/a.jpg") == "/*.jpg$"
+    assert forbidden_by_rule(rules, "/p/a.png") == "/p"
+    long = b"User-agent: *\nDisallow: /" + b"*a" * 5000
+    with web.serve({"/robots.txt": long}) as server, pytest.raises(FetchError) as caught:
+        get(server.url("/" + "a" * 5000), respect_robots=True)
+    assert len(str(caught.value)) < 300, "a stranger's text in every row"
 
 
 def test_the_longest_rule_wins_and_allow_wins_a_tie():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_folder_that_is_not_ours_is_refused_whatever_its_stamp_says(tmp_path, 
     (tmp_path / "out/a.txt").write_text("mine")
     if stamp is not None:
         (tmp_path / "out" / STAMP_FILE).write_text(stamp)
-    with pytest.raises(PipelineError, match="did not write"):
+    with pytest.raises(PipelineError, match="is damaged" if stamp else "did not write"):
         finish(tmp_path, {"n": 1})
     assert (tmp_path / "out/a.txt").read_text() == "mine"
 
@@ -185,6 +186,70 @@ def test_a_damaged_stamp_is_named_with_the_way_out(tmp_path, text):
     (tmp_path / STAMP_FILE).write_text(text)
     with pytest.raises(PipelineError, match=r"stamp\.json is damaged.*pipeline teacher-embed"):
         read_stamp(tmp_path, "teacher_embed")
+
+
+TELLING = b' \n\t"\\{}[]:,.-+eE019aAfFu'  # bytes that mean something in JSON
+
+
+def changed_texts(text: bytes, values: bytes) -> Iterator[bytes]:
+    """A text cut at each place; each byte lost, doubled, with a bit flipped, or one of values."""
+    for at, byte in enumerate(text):
+        yield text[:at]
+        others = {*values, *(byte ^ 1 << bit for bit in range(8))} - {byte}
+        for instead in (b"", bytes([byte, byte]), *(bytes([other]) for other in others)):
+            yield text[:at] + instead + text[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "values", [TELLING, pytest.param(bytes(range(256)), marks=pytest.mark.faults)], ids=len
+)
+def test_a_change_anywhere_in_a_stamp_is_refused_unless_it_says_the_same(tmp_path, values):
+    out = finish(tmp_path, {"n": [1, 0.1, None], "of": "caf\u00e9"}).out
+    sound, text = read_stamp(out, "stage"), (out / STAMP_FILE).read_bytes()
+    accepted = 0
+    with (out / STAMP_FILE).open("r+b", buffering=0) as file:  # opening it anew each time is slow
+        for changed in changed_texts(text, values):
+            file.seek(0)
+            file.truncate(file.write(changed))
+            try:
+                found = read_stamp(out, "stage")
+            except PipelineError as error:
+                assert str(error).endswith(f"Delete {out} and run `pipeline stage`.")
+            else:
+                assert found == sound, changed
+                accepted += 1
+    assert accepted, "other blanks between values"
+
+
+def test_a_stamp_without_a_digest_of_itself_is_damaged(tmp_path):
+    """As earlier versions wrote them."""
+    out = finish(tmp_path, {"n": 1}).out
+    stamp = read_stamp(out, "stage")
+    del stamp["digest"]
+    (out / STAMP_FILE).write_text(json.dumps(stamp))
+    with pytest.raises(PipelineError, match=r"has not the keys digest, .*Delete .*out and run"):
+        finish(tmp_path, {"n": 1})
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_damaged_stamp_costs_no_file_that_it_still_vouches_for(tmp_path, cut):
+    """Out and work folder share the stamp as well: its damage is in both."""
+    work = finish(tmp_path, {"n": 1})
+    before = files(work.out)
+    with (work.out / STAMP_FILE).open("r+b") as file:
+        if cut:
+            file.truncate(before[STAMP_FILE].index('"recipe"'))  # behind the files' digests
+        else:
+            file.seek(before[STAMP_FILE].index('"stage"') + 1)
+            file.write(b"X")
+    (work.folder / NAMES[0]).write_text("damaged too")
+    with pytest.raises(PipelineError, match="is damaged"):
+        finish(tmp_path, {"n": 1})
+    shutil.rmtree(work.out)  # what the message advises
+    kept = (work.folder / NAMES[1]).stat().st_mtime_ns
+    finish(tmp_path, {"n": 1})
+    assert files(work.out) == before
+    assert (work.folder / NAMES[1]).stat().st_mtime_ns == kept
 
 
 def test_a_missing_stamp_names_the_command_to_run_first(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import time
 from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -17,10 +18,12 @@ from PIL import Image
 
 from pipeline.core.provenance import read_stamp
 from pipeline.data import ledger
+from pipeline.data.runs import append_run
 from pipeline.evaluation import charts
 from pipeline.evaluation.inspection import Tile
 from pipeline.evaluation.queries import Queries
 from pipeline.evaluation.report import report, write_report
+from pipeline.evaluation.throughput import finished_runs, throughput
 from pipeline.models.student import Student
 
 
@@ -29,7 +32,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.text = [], ""
+        self.tags, self.text, self.html = [], "", html
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -88,7 +91,7 @@ def test_every_status_and_every_reason_of_the_data_is_counted(page, data):
 
 def test_every_figure_stands_beside_its_floor_and_ceiling(page, write):
     found = write.keywords["found"]
-    for group in ("fidelity", "student_to_teacher", "text_to_image"):
+    for group in ("fidelity", "student_to_teacher", "text_to_image", "zero_shot"):
         for name, figure in found[group].items():
             if isinstance(figure, dict):
                 ends = [figure[k] for k in ("value", "low", "high", "floor", "ceiling")]
@@ -175,8 +178,48 @@ def test_the_report_command_adds_the_teachers_attention_and_throughput(data, sma
     report(data, out, seeing.evaluate_config(), row_viewer(teacher), ["a note"])
     page = Page(out.read_text())
     assert any("Teacher's attention" in image["alt"] for image in page.all("img"))
-    assert any("images per second" in image["alt"] for image in page.all("img"))
+    (alt,) = [image["alt"] for image in page.all("img") if "images per second" in image["alt"]]
+    assert "student, 1 run: cosine" in alt and "teacher, 1 run: cosine 1.000" in alt
+    assert "student, extra-head, 0.0" in page.text and "teacher tiny" in page.text
     assert "a note" in page.text
+
+
+def test_runs_of_other_pools_are_baselines(tmp_path):
+    for stage, metrics in (
+        ("evaluate", {"fidelity.cosine": 0.7, "student.pool": "mean"}),
+        ("evaluate", {"fidelity.cosine": 0.9, "student.pool": "extra-head"}),
+        ("evaluate", {"fidelity.cosine": 0.8}),  # of an earlier version
+        ("distill", {"loss": 3.0}),
+    ):
+        metrics |= {"student.parameters": 2_000_000, "student.image_size": 64}
+        append_run(tmp_path, stage, "0" * 64, {}, metrics, "cpu", time.monotonic(), 50, 0.5)
+    runs = finished_runs(tmp_path)
+    assert sorted(run["series"] for run in runs) == ["baseline: mean", "student", "student"]
+    assert {run["images_per_second"] for run in runs} == {100}
+    alt = throughput(runs, floor=0.3)["alt"]
+    assert "student, 2 runs: cosine 0.900 at 100 images per second" in alt
+    assert "mean embedding: 0.300" in alt
+
+
+def test_the_stages_report_says_where_the_rest_is(page):
+    assert "The teacher's attention and the speed of every run: run `pipeline report`" in page.text
+
+
+def test_a_report_without_runs_has_no_chart_of_them(page, tmp_path):
+    assert throughput([], 0.3) is None
+    assert not any("images per second" in image["alt"] for image in page.all("img"))
+
+
+def test_a_figure_that_is_left_out_says_why(write, tmp_path):
+    found = write.keywords["found"] | {"zero_shot": {"left_out": "no class has a vector"}}
+    write(tmp_path / "report.html", found=found)
+    assert "Left out, zero_shot: no class has a vector" in (tmp_path / "report.html").read_text()
+
+
+def test_every_figure_says_what_it_means(page):
+    named = re.findall(r"<th scope=\"row\">([\w@ ]+) <small>([^<;]*)", page.html)
+    assert {name for name, _ in named} >= {"zero_shot accuracy", "text_to_image rank_correlation"}
+    assert all(meaning for _, meaning in named)
 
 
 def test_a_curve_is_drawn_from_the_log(page):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from pipeline.core.errors import PipelineError
 from pipeline.evaluation.queries import Queries
 from pipeline.evaluation.search import (
     Collection,
+    Hit,
+    Hits,
     Query,
     hits_text,
     nearest,
@@ -147,6 +150,21 @@ def test_the_figure_is_a_png_and_the_same_every_time(collection, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+def test_the_students_best_images_stand_above_the_teachers(collection, tmp_path):
+    def hit(colour: str):
+        out = io.BytesIO()
+        Image.new("RGB", (40, 40), colour).save(out, "JPEG")
+        return Hit(1, 0.5, colour, "🦀 $x^2$ " * 40, "file:x", out.getvalue())
+
+    hits = Hits("$\\frac{1}$ 🦀 " * 40, 1, [hit("red")], [hit("blue")], ["a note " * 100])
+    search_figure(hits, tmp_path / "hits.png")
+    with Image.open(tmp_path / "hits.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    red, blue = (pixels[..., c] - pixels[..., 2 - c] > 230 for c in (0, 2))
+    assert red.any() and blue.any()
+    assert np.flatnonzero(red.any(axis=1)).max() < np.flatnonzero(blue.any(axis=1)).min()
+
+
 def test_searching_needs_a_student_and_its_index(small_world, data, tmp_path):
     query = Query("x", np.zeros(32), np.zeros(32))
     with pytest.raises(PipelineError, match="Run `pipeline distill` first"):
@@ -161,10 +179,10 @@ def test_searching_needs_a_student_and_its_index(small_world, data, tmp_path):
 def test_an_index_of_another_student_is_refused(data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    stamp = json.loads((copy / "student/_stamp.json").read_text())
-    stamp["files"]["model.safetensors"]["sha256"] = "0" * 32
-    (copy / "student/_stamp.json").unlink()  # a hard link may lead elsewhere
-    (copy / "student/_stamp.json").write_text(json.dumps(stamp))
+    other = {"sha256": "0" * 32}
+    worlds.forge_stamp(
+        copy / "student", lambda stamp: stamp["files"]["model.safetensors"].update(other)
+    )
     with pytest.raises(PipelineError, match="another student"):
         search(copy, Query("x", np.zeros(32), np.zeros(32)), 3)
 
@@ -207,6 +225,56 @@ def test_without_the_teacher_the_students_vector_asks_both(data, small_world):
     np.testing.assert_array_equal(query.student, query.teacher)
     assert "no teacher card was named" in query.notes[0]
     assert search(data, query, 1).student[0].url == "file:7.jpg"
+
+
+@pytest.fixture
+def imported(data, tmp_path) -> Path:
+    """data/ whose teacher vectors seem to have been imported under the small teacher's card."""
+    shutil.copytree(data / "teacher", tmp_path / "data/teacher")
+
+    def forge(stamp: dict) -> None:
+        stamp |= {"stage": "import_embeddings"}
+        stamp["recipe"] = {"card": stamp["recipe"]["teacher"]["card"] | {"golden": None}}
+
+    worlds.forge_stamp(tmp_path / "data/teacher", forge)
+    return tmp_path / "data"
+
+
+def test_imported_vectors_know_their_teacher_by_its_card(imported, small_world, tmp_path):
+    assert Queries(imported, small_world.card).teacher is not None
+    other = worlds.write_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(PipelineError, match="is not the teacher of data/teacher"):
+        Queries(imported, other).text("something new")
+
+
+def test_looking_downloads_no_weights(imported):
+    """The card names a tag of open_clip's hub, and nothing lies in the cache."""
+    code = """
+    import os, sys
+    os.environ["HF_HOME"] = sys.argv[1]
+    from pathlib import Path
+    asked = []
+    sys.addaudithook(lambda event, found: event.startswith("socket.") and asked.append((event, found)))
+    from pipeline.evaluation.queries import Queries
+    queries = Queries(Path(sys.argv[1]), Path(sys.argv[2]))
+    assert queries.teacher is None
+    assert not [event for event in asked if "connect" in event[0] or "getaddr" in event[0]], asked
+    print(queries.no_teacher)
+    """
+    card = Path(__file__).parents[1] / "manifests/teachers/clip-vit-b32.yaml"
+    process = worlds.run_code(code, imported, card)
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == 0, complained
+    assert "clip-vit-b32.yaml: ViT-B-32-quickgelu with openai cannot be loaded" in said
+    assert "ERROR" not in complained
+
+
+def test_stored_texts_of_the_same_words_are_the_nearest(collection):
+    queries = Queries(collection.data)
+    with pytest.raises(PipelineError, match=r"\(stored ones near it: door, "):
+        queries.text("broad bead door")  # in letters it is nearer to bread
+    with pytest.raises(PipelineError, match=r"\(stored ones near it: bread, "):
+        queries.text("braed")
 
 
 def test_another_teachers_card_is_refused(data, tmp_path):

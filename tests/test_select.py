@@ -1,7 +1,6 @@
 """What is trained on and what is held out follows from content, and every omission has a reason."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -211,9 +210,7 @@ def test_the_same_data_give_the_same_bytes(small_world, tmp_path):
 
 
 def test_a_teacher_of_other_images_is_refused(data):
-    stamp = json.loads((data / "teacher/_stamp.json").read_text())
-    stamp["recipe"]["images"] = "other"
-    (data / "teacher/_stamp.json").write_text(json.dumps(stamp))
+    worlds.forge_stamp(data / "teacher", lambda stamp: stamp["recipe"].update(images="other"))
     with pytest.raises(PipelineError, match="Run `pipeline teacher-embed` first"):
         run(data)
 

@@ -62,7 +62,11 @@ def test_every_good_image_has_every_view_and_every_text_is_embedded(small_world,
     assert rows(data).keys() == {(key, view) for key in good for view in range(3)}
     assert summary["images"] == 3 * len(good)
     texts = pq.read_table(data / "teacher/texts").to_pylist()
-    assert {t["text"] for t in texts if t["image_id"] is None} == {"a red circle", "a blue square"}
+    templates = [x for x in worlds.TEMPLATES.read_text().splitlines() if not x.startswith("#")]
+    assert {t["text"] for t in texts if t["image_id"] is None} == {
+        "a red circle", "a blue square",
+        *(line.replace("{}", label) for line in templates for label in ("wide", "high")),
+    }  # fmt: skip
     assert {t["text"] for t in texts if t["image_id"]} == {
         text for row in images.to_pylist() for text in row["captions"]
     }
@@ -138,6 +142,23 @@ def test_embeddings_of_another_teacher_are_never_replaced_silently(small_world, 
     with pytest.raises(PipelineError, match="another teacher"):
         teacher_embed(config, data, device="cpu")
     assert rows(data) == before
+
+
+def test_a_finished_run_is_on_record_once_with_the_speed_of_what_the_teacher_saw(
+    small_world, data, tmp_path
+):
+    def speeds() -> list[float]:
+        tables = [pq.read_table(path) for path in (data / "runs").glob("teacher_embed-*.parquet")]
+        return sorted(table["images_per_second"][0].as_py() for table in tables)
+
+    for _ in range(2):
+        embed(small_world, data)
+        (speed,) = speeds()
+        assert speed > 0
+    (tmp_path / "prompts.txt").write_text("one more")
+    config = worlds.teacher_config(small_world.card, tmp_path / "prompts.txt")
+    teacher_embed(config, data, device="cpu", workers=1)  # no image is embedded again
+    assert speeds() == [0, speed]
 
 
 def test_a_missing_stage_is_named(small_world, tmp_path):

@@ -105,9 +105,7 @@ def test_a_damaged_stamp_is_a_finding_not_a_traceback(data, text):
 
 
 def test_an_edited_recipe_is_noticed(data):
-    stamp = json.loads((data / "teacher" / STAMP_FILE).read_text())
-    stamp["recipe"]["batch"] = 9
-    (data / "teacher" / STAMP_FILE).write_text(audit.canonical(stamp))
+    worlds.forge_stamp(data / "teacher", lambda stamp: stamp["recipe"].update(batch=9))
     assert promises(data) == ["a finished stage says how it was made"]
 
 
@@ -116,10 +114,19 @@ def test_an_edited_recipe_is_noticed(data):
     [("teacher", "dtype"), ("selection", "train"), ("student", "steps"), ("evaluation", "split")],
 )
 def test_an_edited_summary_is_noticed(data, room, key):
-    stamp = json.loads((data / room / STAMP_FILE).read_text())
-    stamp["summary"][key] = 77
-    (data / room / STAMP_FILE).write_text(audit.canonical(stamp))
+    worlds.forge_stamp(data / room, lambda stamp: stamp["summary"].update({key: 77}))
     assert promises(data) == ["a stamp's summary is what its files say"]
+
+
+def test_an_edit_that_no_file_contradicts_is_noticed(data):
+    """What was only measured stands nowhere else: the stamp's own digest is all there is."""
+    path = data / "teacher" / STAMP_FILE
+    stamp = json.loads(path.read_text())
+    stamp["summary"]["measured"] = 0.99
+    path.unlink()
+    path.write_text(audit.canonical(stamp))
+    (finding,) = (f for f in verify(data) if f.place == f"teacher/{STAMP_FILE}")
+    assert "its own digest" in finding.found
 
 
 def test_a_strangers_file_is_named(data):
@@ -173,8 +180,7 @@ def forge(data: Path, name: str, change) -> None:
 def restamp(data: Path) -> None:
     stamps = {}
     for room in audit.ROOMS:
-        file = data / room / STAMP_FILE
-        stamp = json.loads(file.read_text())
+        stamp = json.loads((data / room / STAMP_FILE).read_text())
         for name in stamp["files"]:
             path = data / room / name
             if room == "teacher" and not name.endswith("prompts.parquet"):
@@ -188,8 +194,7 @@ def restamp(data: Path) -> None:
         if room == "student":
             restamp_student(data, stamp)
         stamps[room] = stamp
-        file.unlink()
-        file.write_text(audit.canonical(stamp))
+        worlds.forge_stamp(data / room, lambda old, new=stamp: old.update(new))
 
 
 def recount(data: Path, room: str, summary: dict) -> None:
@@ -365,13 +370,11 @@ def test_each_broken_promise_is_exactly_the_finding(data, name):
 
 def counted(data: Path) -> None:
     """Bring the number of rows that data/images' stamp names up to date."""
-    path = data / "images" / STAMP_FILE
-    stamp, counts = json.loads(path.read_text()), {}
-    for name in stamp["files"]:
-        for status in pq.read_table(data / "images" / name)["status"].to_pylist():
+    counts = {}
+    for path in (data / "images").glob("*.parquet"):
+        for status in pq.read_table(path)["status"].to_pylist():
             counts[status] = counts.get(status, 0) + 1
-    path.unlink()
-    path.write_text(audit.canonical(stamp | {"summary": {"rows": counts}}))
+    worlds.forge_stamp(data / "images", lambda stamp: stamp.update(summary={"rows": counts}))
 
 
 def test_a_repeated_row_is_found_even_where_the_stamp_counts_it(data):
@@ -468,10 +471,10 @@ def test_a_teacher_shard_of_another_image_shard_is_a_finding(data):
     assert verify(data) == []
     path = data / VECTORS
     rebase(path, "input", "0" * 32)
-    stamp = json.loads((data / "teacher" / STAMP_FILE).read_text())
     entry = {"sha256": file_digest(path), "bytes": path.stat().st_size}
-    stamp["files"]["images/00001.parquet"] = entry
-    (data / "teacher" / STAMP_FILE).write_text(audit.canonical(stamp))
+    worlds.forge_stamp(
+        data / "teacher", lambda stamp: stamp["files"].update({"images/00001.parquet": entry})
+    )
     assert "made from another images/00001.parquet" in {f.found for f in verify(data)}
 
 
@@ -548,10 +551,12 @@ def test_imported_embeddings_without_some_images_keep_their_own_promise(small_wo
     table = change(pq.read_table(path))
     path.unlink()
     shards.write_shard(path, shards.SELECTION, [table], {})
-    stamp = json.loads((data / "selection" / STAMP_FILE).read_text())
-    stamp["files"] = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}}
-    recount(data, "selection", stamp["summary"])
-    (data / "selection" / STAMP_FILE).write_text(audit.canonical(stamp))
+
+    def recounted(stamp: dict) -> None:
+        stamp["files"] = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}}
+        recount(data, "selection", stamp["summary"])
+
+    worlds.forge_stamp(data / "selection", recounted)
     assert promises(data) == ["a good image without a vector is left out as `no embedding`"]
     with pytest.raises(PipelineError, match="imported"):
         verify(data, recompute=0.1)

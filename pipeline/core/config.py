@@ -93,6 +93,7 @@ class TeacherEmbedConfig(Strict):
     dtype: Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the hardware is fast at it
     batch: Positive  # a row's last bits depend on it
     prompts: str  # text file, a prompt a line, embedded beside captions and box texts
+    templates: str  # text file, a template a line; each is embedded with each label in its {}
 
     @model_validator(mode="after")
     def _ranges_rise(self):
@@ -175,6 +176,7 @@ class EvaluateConfig(Strict):
     split: Literal["val", "test"]
     batch: Positive
     prompts: list[str]  # texts that the report searches for
+    templates: str  # text file: a class's vector is the mean of its filled, stored templates
 
 
 SECTIONS: dict[str, type[Strict]] = {

@@ -24,7 +24,7 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
-STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary"}
+STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary", "digest"}
 PARTIAL = ".partial"
 FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
 
@@ -104,24 +104,41 @@ def lock(data: Path, stage: str) -> Iterator[None]:
         yield
 
 
+def sealed(stamp: dict) -> dict:
+    """A stamp with the digest of all the rest of it, by which damage to it is noticed."""
+    rest = {key: value for key, value in stamp.items() if key != "digest"}
+    return rest | {"digest": digest(rest)}
+
+
 def read_stamp(out: Path, stage: str) -> dict:
-    """The stamp file of a finished stage. Raises PipelineError where the stage has not finished."""
-    command = stage.replace("_", "-")
+    """The stamp file of a finished stage.
+
+    Raises PipelineError where the stage has not finished, and for a stamp that is damaged.
+    """
     try:
         stamp = json.loads((out / STAMP_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise PipelineError(f"no {out / STAMP_FILE}. Run `pipeline {command}` first.") from None
+        raise PipelineError(
+            f"no {out / STAMP_FILE}. Run `pipeline {command(stage)}` first."
+        ) from None
     except ValueError as error:
-        raise _damaged(out, command, str(error)) from None
+        raise _damaged(out, stage, str(error)) from None
     if not isinstance(stamp, dict) or not stamp.keys() >= STAMP_KEYS:
-        raise _damaged(out, command, f"it has not the keys {', '.join(sorted(STAMP_KEYS))}")
+        raise _damaged(out, stage, f"it has not the keys {', '.join(sorted(STAMP_KEYS))}")
+    if sealed(stamp)["digest"] != stamp["digest"]:
+        raise _damaged(out, stage, "it does not fit its own digest")
     return stamp
 
 
-def _damaged(out: Path, command: str, reason: str) -> PipelineError:
+def _damaged(out: Path, stage: str, reason: str) -> PipelineError:
     return PipelineError(
-        f"{out / STAMP_FILE} is damaged ({reason}). Delete {out} and run `pipeline {command}`."
+        f"{out / STAMP_FILE} is damaged ({reason}). Delete {out} and run `pipeline {command(stage)}`."
     )
+
+
+def command(stage: str) -> str:
+    """What runs a stage, behind `pipeline`."""
+    return stage.replace("import_", "import ").replace("_", "-")
 
 
 def content(stamp: dict) -> str:
@@ -158,7 +175,8 @@ class Work:
         """Refuse an out that holds strangers' files; open the work folder.
 
         What was damaged since an earlier run finished goes: its out shares the bytes (hard links),
-        so that deleting the damaged out alone would bring them back.
+        so that deleting the damaged out alone would bring them back. Even a damaged stamp vouches
+        for a file whose digest it holds.
         """
         if strangers := self._strangers():
             raise PipelineError(
@@ -170,9 +188,11 @@ class Work:
         for leftover in self.folder.rglob("*" + PARTIAL):
             leftover.unlink()
         if (self.folder / STAMP_FILE).is_file():
-            for name, entry in read_stamp(self.folder, self.stage)["files"].items():
-                if self.has(name) and file_digest(self.folder / name) != entry["sha256"]:
-                    (self.folder / name).unlink()
+            vouched = (self.folder / STAMP_FILE).read_text(errors="replace")
+            for path in filter(Path.is_file, self.folder.rglob("*")):
+                named = json.dumps(str(path.relative_to(self.folder))) in vouched
+                if named and file_digest(path) not in vouched:
+                    path.unlink()
 
     def earlier(self) -> list[Path]:
         """Folders whose finished files may be taken over: other stamps' work, then the out."""
@@ -218,7 +238,8 @@ class Work:
             for name in sorted(names)
         }
         stamp = {"stage": self.stage, "stamp": self.stamp, "recipe": self.recipe}
-        write_json(self.folder / STAMP_FILE, stamp | {"files": files, "summary": summary})
+        stamp |= {"files": files, "summary": summary}
+        write_json(self.folder / STAMP_FILE, sealed(stamp))
         aside, old = self.room / "out.new", self.room / "out.old"
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -234,14 +255,16 @@ class Work:
             shutil.rmtree(folder)
 
     def _strangers(self) -> list[str]:
-        """Files of the out that no finished run of this stage wrote."""
+        """Files of the out that no finished run of this stage wrote.
+
+        Raises PipelineError where they cannot be told, for the out's stamp is damaged.
+        """
         if not self.out.is_dir():
             return [self.out.name] if self.out.exists() else []
-        try:
+        ours = set()
+        if (self.out / STAMP_FILE).is_file():
             stamp = read_stamp(self.out, self.stage)
             ours = {STAMP_FILE, *stamp["files"]} if stamp["stage"] == self.stage else set()
-        except PipelineError:
-            ours = set()
         files = {str(p.relative_to(self.out)) for p in self.out.rglob("*") if not p.is_dir()}
         return sorted(files - ours)
 

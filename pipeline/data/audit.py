@@ -4,6 +4,7 @@
 needs a model.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +17,14 @@ import pyarrow.parquet as pq
 
 from pipeline.core.config import SECTIONS
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import STAMP_FILE, content, digest, file_digest, read_stamp
+from pipeline.core.provenance import (
+    STAMP_FILE,
+    command,
+    content,
+    digest,
+    file_digest,
+    read_stamp,
+)
 from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.manifest import image_id
@@ -57,7 +65,15 @@ Progress = Callable[[int], object]  # is told bytes that were read
 
 def remade(data: Path, room: str) -> str:
     """The command that makes a room anew; without the `rm` a stage may believe that it is done."""
-    return f"rm -r {data / room} && pipeline {ROOMS[room].replace('_', '-')}"
+    return f"rm -r {data / room} && pipeline {command(_maker(data, room))}"
+
+
+def _maker(data: Path, room: str) -> str:
+    """The stage that made a room, where its stamp still says so."""
+    with contextlib.suppress(PipelineError):
+        if read_stamp(data / room, ROOMS[room])["stage"] == IMPORTED:
+            return IMPORTED
+    return ROOMS[room]
 
 
 def read_stamps(data: Path) -> tuple[Stamps, list[Finding]]:
@@ -166,10 +182,10 @@ def chain_findings(data: Path, stamps: Stamps) -> list[Finding]:
             made_from = stamps[room]["recipe"].get(source)
             if source in stamps and made_from != content(stamps[source]):
                 found = f"made from other {source} than data/ holds"
-                run = f"pipeline {ROOMS[room].replace('_', '-')}"
+                run = f"pipeline {command(_maker(data, room))}"
                 findings.append(Finding(promise, room, found, run))
             elif not (data / source).exists():
-                run = f"pipeline {ROOMS[source].replace('_', '-')}"
+                run = f"pipeline {command(ROOMS[source])}"
                 findings.append(Finding(promise, room, f"made from {source}, not here", run))
     return findings
 

@@ -152,6 +152,7 @@ def _child() -> None:
         output_folder=str(raw),
         output_format="parquet",
         save_additional_columns=["image_id"],
+        distributor="multiprocessing",  # Ray and Spark would work where our opener is not
         number_sample_per_shard=rows,
         processes_count=processes,
         thread_count=threads,

@@ -28,7 +28,7 @@ from pipeline.data.texts import text_id
 from pipeline.data.views import View, canonical_view
 
 STAGE = "import_embeddings"
-VERSION = 1  # raise it when the same source gives other shards
+VERSION = 2  # raise it when the same source gives other shards
 PROMPTS = "texts/prompts.parquet"
 PATHS, KEYS = ("url", "image_path", "image"), ("key", "image_id")
 NAMES = (*PATHS, *KEYS)  # columns that may name an image
@@ -106,7 +106,7 @@ def import_embeddings(
             captions, prompts, text_counts = _text_places(text_parts, known)
             for name in images["files"]:
                 shard = data / "images" / name
-                tables = _image_tables(shard, vectors, preprocessing["resize_mode"], size)
+                tables = _image_tables(shard, vectors, preprocessing, size)
                 _commit(work, f"images/{name}", shards.teacher_schema(size), tables)
                 _commit_texts(work, f"texts/{name}", _captions(shard, captions), size)
             _commit_texts(work, PROMPTS, [(None, t, prompts[t]) for t in sorted(prompts)], size)
@@ -299,14 +299,15 @@ def _refuse_strangers(part: Part, known: dict[str, str | None]) -> None:
     )
 
 
-def _image_tables(shard: Path, vectors: dict, resize_mode: str, size: int) -> Iterator[pa.Table]:
+def _image_tables(shard: Path, vectors: dict, how: dict, size: int) -> Iterator[pa.Table]:
     """The vectors of each row group's good images, in the columns and order of stage one."""
     facts = ["image_id", "status", "sha256", "width", "height"]
     with shards.open_shard(shard, "download") as file:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=facts).to_pylist()
             rows = [r for r in rows if r["status"] == "ok" and r["image_id"] in vectors]
-            boxes = [canonical_view(r["width"], r["height"], resize_mode) for r in rows]
+            seen = how["resize_mode"], how["image_size"]
+            boxes = [canonical_view(row["width"], row["height"], *seen) for row in rows]
             matrix = [vectors[row["image_id"]].unit() for row in rows]
             matrix = np.array(matrix, np.float16).reshape(len(rows), size)
             columns = {name: [row[name] for row in rows] for name in ("image_id", "sha256")}

@@ -8,13 +8,16 @@ total. Proxies named by the environment are not used: they would resolve names t
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import threading
 import time
+from calendar import timegm
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from email.utils import parsedate
 from urllib.parse import quote, urljoin
 
 from pipeline.data.policy import (
@@ -27,10 +30,11 @@ from pipeline.data.policy import (
     parse_url,
     read_local,
 )
-from pipeline.data.robots import Rules, forbidden_by_tag, may_fetch, robots_rules
+from pipeline.data.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
 
 ROBOTS_BYTES = 500 * 1024  # of a robots.txt that are read: what RFC 9309 asks at least
-LONGEST_PAUSE_S = 8.0  # between two tries
+LONGEST_PAUSE_S = 8.0  # between two tries, unless the server asks for a longer one
+LONGEST_RULE = 200  # characters of a robots.txt's rule that are recorded in a row
 _REDIRECTS = {301, 302, 303, 307, 308}
 _TRY_LATER = {408, 425, 429}
 
@@ -74,13 +78,17 @@ class Opener:
         return io.BytesIO(self._with_retries(self._image, request.full_url))
 
     def _with_retries(self, fetch: Callable[[str], bytes], url: str) -> bytes:
+        """Tries again while that may help, no sooner than the server asks (`Retry-After`).
+
+        A pause longer than a whole try may take is not waited for: a later run may try again.
+        """
         for attempt in range(self.rules.retries):
             try:
                 return fetch(url)
             except FetchError as error:
-                if error.final:
+                if error.final or error.pause_s > self.rules.timeout_s:
                     raise
-            time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE_S))
+                time.sleep(max(error.pause_s, min(0.5 * 2**attempt, LONGEST_PAUSE_S)))
         return fetch(url)
 
     def _image(self, url: str) -> bytes:
@@ -114,7 +122,7 @@ class Opener:
                     response = self._get(target, sock, start + left)
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
-                        _require_success(response.status)
+                        _require_success(response)
                         yield response
                         return
                 left -= time.monotonic() - start
@@ -178,8 +186,9 @@ class Opener:
         match self.robots[target.origin]:
             case FetchError(status=status, detail=detail):
                 raise FetchError(status, f"robots.txt of {target.host}: {detail}", final=True)
-            case rules if not may_fetch(rules, target.path):
-                raise FetchError("robots", f"robots.txt of {target.host} forbids {target.path}")
+            case rules if pattern := forbidden_by_rule(rules, target.path):
+                found = f"robots.txt of {target.host}: Disallow: {pattern[:LONGEST_RULE]}"
+                raise FetchError("robots", found)
 
     def _robots_of(self, origin: str) -> Rules | FetchError:
         """RFC 9309: no robots.txt allows all, one that cannot be had forbids all."""
@@ -225,11 +234,27 @@ def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
     return bytes(body)
 
 
-def _require_success(code: int) -> None:
+def _require_success(response: http.client.HTTPResponse) -> None:
+    code = response.status
     if code in _TRY_LATER or code >= 500:
-        raise FetchError("server_error", f"HTTP {code}")
+        pause = retry_after(response.headers.get("Retry-After", ""), time.time())
+        asked = f", asks for a pause of {pause:.0f} s" if pause else ""
+        raise FetchError("server_error", f"HTTP {code}{asked}", pause_s=pause)
     if not 200 <= code < 300:
         raise FetchError("not_found", f"HTTP {code}")
+
+
+def retry_after(text: str, now: float) -> float:
+    """Seconds >= 0 that a Retry-After header asks for: a number, or a date (now: Unix time).
+
+    0 for what is neither.
+    """
+    if re.fullmatch(r"\s*[0-9]{1,15}\s*", text):
+        return float(text)
+    try:
+        return max(0.0, timegm(parsedate(text)) - now)  # dates of HTTP are in GMT
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return 0.0
 
 
 @contextmanager

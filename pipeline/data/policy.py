@@ -35,7 +35,8 @@ USER_AGENT = f"extrahead/{_VERSION} (+img2dataset; image-text datasets)"
 class FetchRules:
     """What may be fetched, how much of it, how hard to try, and what is stored of it."""
 
-    timeout_s: float  # of one try in total: name, redirects and body; waiting for a turn is free
+    timeout_s: float  # of one try in total (name, redirects and body; waiting for a turn is free),
+    # and of a pause that a server asks for
     max_bytes: int  # of a body
     max_pixels: int  # that an image's header may announce
     max_redirects: int
@@ -57,12 +58,16 @@ class FetchRules:
 class FetchError(Exception):
     """Why there is no image. As text `<status>: <detail>`, status one of STATUSES."""
 
-    def __init__(self, status: str, detail: str, final: bool = False):
-        """final: trying again in this run would give the same answer."""
+    def __init__(self, status: str, detail: str, final: bool = False, pause_s: float = 0.0):
+        """final: trying again in this run would give the same answer.
+
+        pause_s: how long the server wants to be left alone.
+        """
         assert status in STATUSES
         super().__init__(f"{status}: {detail}")
         self.status, self.detail = status, detail
         self.final = final or status not in RETRYABLE
+        self.pause_s = pause_s
 
 
 def split_error(message: str) -> tuple[str, str]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from pipeline.core.provenance import STAMP_FILE, digest
 from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
-from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.pixels import decode
+from pipeline.data.views import view_pixels
 
 TABLES = {  # table -> (room, prefix of its files)
     "images": ("images", ""),

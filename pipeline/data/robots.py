@@ -36,10 +36,14 @@ def robots_rules(text: str, names: Iterable[str]) -> Rules:
     return ours if found_us else everyone
 
 
-def may_fetch(rules: Rules, path: str) -> bool:
-    """The longest pattern that matches path (with its query) decides; allow wins a tie."""
-    matching = [(len(p), allowed) for p, allowed in rules if _matches(p, unquote(path))]
-    return max(matching, default=(0, True))[1]
+def forbidden_by_rule(rules: Rules, path: str) -> str | None:
+    """The pattern that forbids path (with its query), or None.
+
+    The longest pattern that matches decides; allow wins a tie.
+    """
+    matching = [(len(p), allowed, p) for p, allowed in rules if _matches(p, unquote(path))]
+    _, allowed, pattern = max(matching, default=(0, True, ""))
+    return None if allowed else pattern
 
 
 def _matches(pattern: str, path: str) -> bool:

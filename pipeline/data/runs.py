@@ -33,16 +33,18 @@ SCHEMA = pa.schema(
 
 def append_run(
     data: Path, stage: str, stamp: str, recipe: dict, metrics: dict, device: str, began: float,
-    images: int,
+    images: int, spent: float | None = None,
 ) -> None:  # fmt: skip
-    """Add a row. began: time.monotonic() at the start; images: how many were processed since."""
+    """Add a row. began: time.monotonic() at the start; images: how many were processed since, in
+    the seconds spent on nothing else (all of them where none are given).
+    """
     seconds = time.monotonic() - began
     row = {
         "stage": stage,
         "stamp": stamp,
         "finished": int(time.time()),
         "seconds": seconds,
-        "images_per_second": images / max(seconds, 1e-9),
+        "images_per_second": images / max(seconds if spent is None else spent, 1e-9),
         "device": device,
         "host": platform.node(),
         "git_revision": _git_revision(),

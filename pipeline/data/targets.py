@@ -1,4 +1,4 @@
-"""Stored teacher vectors of a split, and their mean: the floor of every fidelity figure."""
+"""What the teacher says of a split, its vectors and their mean, and what people say: the labels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,10 @@ from pipeline.data import ledger
 VECTORS = """
 SELECT image_id, embedding FROM teacher JOIN selection USING (image_id)
 WHERE view = 0 AND keep AND split = ? ORDER BY image_id
+"""
+LABELS = """
+SELECT image_id, label FROM images JOIN (SELECT unnest(?::VARCHAR[]) AS image_id) USING (image_id)
+WHERE status = 'ok' AND trim(label) <> ''
 """
 
 
@@ -55,6 +59,11 @@ def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], li
         ids += batch["image_id"].to_pylist()
         matrices.append(unit_rows(batch["embedding"]))
     return texts, ids, np.concatenate(matrices[1:]) if texts else matrices[0]
+
+
+def labels_of(data: Path, ids: list[str]) -> dict[str, str]:
+    """image_id -> label, of those among ids that have one."""
+    return dict(ledger.connect(data).execute(LABELS, [ids]).fetchall())
 
 
 def unit_rows(column: pa.Array) -> np.ndarray:

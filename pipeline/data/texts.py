@@ -1,4 +1,4 @@
-"""Texts beside images: prompt lists that people write, and the ids of embedded texts."""
+"""Texts beside images: lists of prompts and templates that people write, ids of embedded texts."""
 
 import hashlib
 from glob import escape
@@ -7,6 +7,8 @@ from pathlib import Path
 import duckdb
 
 from pipeline.core.errors import PipelineError
+
+CLASS = "{}"  # where a template takes a label
 
 
 def text_id(image_id: str | None, text: str) -> str:
@@ -19,25 +21,54 @@ def read_prompts(file: Path) -> list[str]:
 
     Raises PipelineError for a file that is missing or no UTF-8 text.
     """
+    return _lines(file, "prompt", "teacher_embed.prompts")
+
+
+def read_templates(file: Path) -> list[str]:
+    """Distinct non-empty lines of a file of class prompts, sorted, each with {} for the class.
+
+    Raises PipelineError for a file that is missing or no UTF-8 text, and for a line without {}.
+    """
+    templates = _lines(file, "template", "teacher_embed.templates, evaluate.templates")
+    if without := [template for template in templates if CLASS not in template]:
+        raise PipelineError(
+            f"template list {file}: {without[0]!r} has no {CLASS}, where a label goes."
+        )
+    return templates
+
+
+def class_prompts(templates: list[str], label: str) -> list[str]:
+    """The templates with a label in them."""
+    return [template.replace(CLASS, label) for template in templates]
+
+
+def _lines(file: Path, kind: str, key: str) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(
-            f"prompt list {file} cannot be read ({error}). Expected a text file, a prompt a line; "
-            "name it in params.yaml (teacher_embed.prompts)."
+            f"{kind} list {file} cannot be read ({error}). Expected a text file, a {kind} a line; "
+            f"name it in params.yaml ({key})."
         ) from None
     return sorted({line.strip() for line in lines if not line.startswith("#")} - {""})
 
 
+def labels(images: Path) -> list[str]:
+    """Distinct labels of all rows in a folder of image shards, sorted: the classes."""
+    return _texts(
+        "SELECT DISTINCT label FROM read_parquet(?) WHERE trim(label) <> '' ORDER BY label", images
+    )
+
+
 def box_texts(images: Path) -> list[str]:
     """Distinct texts of all boxes in a folder of image shards, sorted."""
-    rows = (
-        duckdb.connect()
-        .execute(
-            "SELECT DISTINCT box.text AS t FROM (SELECT unnest(boxes) AS box FROM read_parquet(?)) "
-            "WHERE trim(box.text) <> '' ORDER BY t",
-            [f"{escape(str(images))}/*.parquet"],
-        )
-        .fetchall()
+    return _texts(
+        "SELECT DISTINCT box.text AS t FROM (SELECT unnest(boxes) AS box FROM read_parquet(?)) "
+        "WHERE trim(box.text) <> '' ORDER BY t",
+        images,
     )
-    return [text for (text,) in rows]
+
+
+def _texts(sql: str, images: Path) -> list[str]:
+    found = duckdb.connect().execute(sql, [f"{escape(str(images))}/*.parquet"]).fetchall()
+    return [text for (text,) in found]

@@ -81,12 +81,25 @@ def histogram(values: np.ndarray, label: str, limit: float, dark: bool) -> bytes
         return figures.png(figure, transparent=True)
 
 
-def speed_chart(speeds: Sequence[float], qualities: Sequence[float], dark: bool) -> bytes:
-    """A dot per run: images a second and cosine to the teacher."""
+def speed_chart(
+    series: dict[str, Sequence[tuple[float, float]]], floor: float, dark: bool
+) -> bytes:
+    """A point per run: {name: [(images a second, cosine to the teacher)]}; floor: a cosine."""
     with figures.style(dark) as colours:
         figure, ax = _chart()
-        ax.plot(speeds, qualities, "o", color=colours["student"])
-        ax.set(xlabel="images per second", ylabel="cosine to the teacher")
+        baselines = iter("s^vPXd")
+        for name, points in series.items():
+            own = {"student": "o", "teacher": "D"}
+            marker = own[name] if name in own else next(baselines, "x")
+            colour = colours["teacher" if name == "teacher" else "student"]
+            face = colour if name in own else "none"
+            ax.plot(*zip(*points, strict=True), marker, color=colour, mfc=face, label=name)
+        ax.axhline(floor, color=colours["floor"], ls="--", lw=1, label="the mean embedding")
+        ax.set(xlabel="images per second", ylabel="cosine to the teacher", xscale="log")
+        ax.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.legend()
         return figures.png(figure, transparent=True)
 
 

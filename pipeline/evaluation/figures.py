@@ -64,10 +64,12 @@ def picture(ax: Axes, pixels: np.ndarray, title: str = "") -> None:
     ax.axis("off")
 
 
-def colour_bar(figure: Figure, axes: Sequence[Axes], low: float, high: float, label: str) -> None:
-    """The scale of `overlay`'s colours beside some axes."""
+def colour_bar(
+    figure: Figure, axes: Sequence[Axes], low: float, high: float, label: str, extend="neither"
+) -> None:
+    """The scale of `overlay`'s colours beside some axes; extend: `min` where it clips from below."""
     scale = ScalarMappable(Normalize(low, high), OVER_GREY)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.02, aspect=25)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.02, aspect=25, extend=extend)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -109,6 +111,12 @@ def data_uri(content: bytes) -> str:
     """A JPEG or PNG as a URI that needs no file."""
     kind = "jpeg" if content[:2] == b"\xff\xd8" else "png"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def footnotes(figure: Figure, notes: Sequence[str]) -> None:
+    """Notes in small print below a figure, at most three lines each."""
+    width = round(18 * figure.get_figwidth())  # characters
+    figure.supxlabel("\n".join(wrapped(note, width) for note in notes), fontsize=7)
 
 
 def wrapped(text: str, width: int, lines: int = 3) -> str:

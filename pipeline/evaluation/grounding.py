@@ -24,8 +24,8 @@ def pointing_figures(
     """Pointing accuracy and energy in the box over a split, or {} where it has no boxes.
 
     Twice: by the plain cosine of patch and text, and centred, by what tells the text apart from the
-    mean of the stored prompts and box texts. All texts of a teacher share most of their direction,
-    which says nothing of where a thing is.
+    mean of all stored texts that belong to no single image. All texts of a teacher share most of
+    their direction, which says nothing of where a thing is.
 
     Each beside the boxes' area share (what a random patch gets) as floor, and pointing beside
     always answering the centre. The boxes' texts were embedded by the teacher's text tower.

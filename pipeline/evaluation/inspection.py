@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from pipeline.data import ledger
-from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.pixels import decode
 from pipeline.data.targets import text_vectors
+from pipeline.data.views import view_pixels
 from pipeline.evaluation import charts, figures
 from pipeline.evaluation.patches import PatchView, agreement, entropy, in_shares, student_view
 from pipeline.models import inside

@@ -24,6 +24,7 @@ from pipeline.evaluation.search import Query
 
 SHOWN = 256  # px a side of a panel
 MOST = 12  # prompts in a figure
+LOWEST = 2  # percent of the cosines share the lowest colour: one odd patch would flatten all maps
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,11 @@ def look_figure(seen: Look, out: Path) -> None:
     Weights and attention share one colour scale, all activation maps another.
     """
     columns, rows = (4 if seen.teacher else 2), 1 + len(seen.queries)
-    title = figures.wrapped(seen.title, 30 * columns, 1)
-    notes = "\n".join(figures.wrapped(note, 30 * columns, 3) for note in seen.notes)
     with figures.style():
-        size = 2.1 * columns + 0.9, 2.35 * rows + 0.5 + 0.16 * len(notes.splitlines())
+        size = 2.1 * columns + 0.9, 2.35 * rows + 0.3 + 0.3 * len(seen.notes)
         figure = figures.Figure(figsize=size, layout="constrained")
-        figure.suptitle(f"{title}\n{notes}".strip(), fontsize=9)
+        figure.suptitle(figures.wrapped(seen.title, 30 * columns, 1), fontsize=9)
+        figures.footnotes(figure, seen.notes)
         axes = figure.subplots(rows, columns, squeeze=False)
         _weights_row(figure, axes[0], seen)
         if seen.queries:
@@ -118,7 +118,7 @@ def _activation_rows(figure, axes, seen: Look) -> None:
         for query in seen.queries
     ]
     values = np.concatenate([found.ravel() for row in maps for found in row.values()])
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.percentile(values, LOWEST)), float(values.max())
     for line, row, query in zip(axes, maps, seen.queries, strict=True):
         figures.picture(line[0], seen.image, figures.wrapped(query.title, 30, 3))
         for ax, (who, found) in zip(line[1:], row.items(), strict=False):
@@ -127,4 +127,4 @@ def _activation_rows(figure, axes, seen: Look) -> None:
             figures.picture(ax, figures.overlay(seen.image, found, low, high), title)
         for ax in line[1 + len(row) :]:
             ax.axis("off")
-    figures.colour_bar(figure, axes, low, high, "cosine of patch and text")
+    figures.colour_bar(figure, axes, low, high, "cosine of patch and text", extend="min")

@@ -108,6 +108,22 @@ def overlap_at(k: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([len(np.intersect1d(x, y)) / k for x, y in pairs])
 
 
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(q,) Spearman's correlation in [-1, 1] of each two rows of (q, n) score matrices.
+
+    Equal scores share the mean of their ranks; a row of equal scores says nothing: 0.
+    """
+    a, b = (np.stack([_mean_ranks(row) for row in scores]) for scores in (a, b))
+    return cosine(a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True))
+
+
+def _mean_ranks(scores: np.ndarray) -> np.ndarray:
+    """(n,) how many scores are less, plus half of those that are equal."""
+    ordered = np.sort(scores)
+    below, up_to = (np.searchsorted(ordered, scores, side) for side in ("left", "right"))
+    return (below + up_to) / 2
+
+
 def zero_shot(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(n,) true where the nearest of (c, E) class vectors to an (n, E) image is its label's."""
     return (images @ classes.T).argmax(axis=1) == labels

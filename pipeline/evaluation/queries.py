@@ -5,6 +5,9 @@ one needs the teacher's text tower, which is loaded only then.
 """
 
 import difflib
+import heapq
+import logging
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +17,9 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp
 from pipeline.data import ledger
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode, view_pixels
+from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode
 from pipeline.data.targets import text_vectors
-from pipeline.data.views import canonical_view
+from pipeline.data.views import canonical_view, view_pixels
 from pipeline.evaluation.search import Query
 
 if TYPE_CHECKING:
@@ -48,23 +51,28 @@ class Queries:
     def teacher(self) -> "Teacher | None":
         """The very teacher whose vectors are stored, or None: `no_teacher` then says why.
 
+        Weights that are not on this machine are not here: looking at pictures downloads nothing.
         Raises PipelineError where the card names another teacher.
         """
         if self.card is None:
             self.no_teacher = "no teacher card was named (--card)."
             return None
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when open_clip is imported
         import torch
 
         from pipeline.models.teacher import Teacher, teacher_recipe
 
-        stored = read_stamp(self.data / "teacher", "teacher_embed")["recipe"]["teacher"]
+        stored = _stored_teacher(read_stamp(self.data / "teacher", "teacher_embed")["recipe"])
+        logging.disable(logging.ERROR)  # what open_clip logs of missing weights stands in the note
         try:
             teacher = Teacher(self.card, torch.device("cpu"))
             found = teacher_recipe(teacher.card, self.card)
         except PipelineError as error:
-            self.no_teacher = str(error)
+            self.no_teacher = f"{str(error).split('. ')[0].rstrip('.')}."
             return None
-        if (found["card"], found["config"]) != (stored["card"], stored["config"]):
+        finally:
+            logging.disable(logging.NOTSET)
+        if any(found[key] != value for key, value in stored.items()):
             raise PipelineError(
                 f"{self.card} is not the teacher of data/teacher, which is "
                 f"{stored['card']['name']} ({stored['card']['model']}). Name its card with --card."
@@ -85,8 +93,9 @@ class Queries:
             return Query(_short(text), vectors[0], vectors[0])
         if self.teacher is None:
             raise PipelineError(
-                f"{_short(text)!r} has no stored embedding and the teacher's text tower is not "
-                f"here: {self.no_teacher} Stored texts near it: {', '.join(self._near(text))}."
+                f"{_short(text)!r} has no stored embedding (stored ones near it: "
+                f"{', '.join(self._near(text))}), and the teacher's text tower is not here: "
+                f"{self.no_teacher}"
             )
         words, nothing, longer = self.teacher.tokenize([text, "", text + PROBE])
         if words.equal(nothing):
@@ -124,9 +133,25 @@ class Queries:
         return np.array(view_pixels(image, view.box, view.flip, size, how["interpolation"]))
 
     def _near(self, text: str) -> list[str]:
-        """A few stored texts that are written like this one, prompts before captions."""
-        stored = ledger.connect(self.data).execute(STORED).fetchall()
-        return difflib.get_close_matches(text[:TITLE], [t for (t,) in stored], n=5, cutoff=0)
+        """A few stored texts: those with the same words, then those that are written alike."""
+        asked, words = text[:TITLE].lower(), set(text[:TITLE].lower().split())
+        letters = difflib.SequenceMatcher(b=asked)
+
+        def nearness(stored: str) -> tuple[float, float]:
+            stored = stored[:TITLE].lower()
+            letters.set_seq1(stored)
+            others = set(stored.split())
+            return len(words & others) / len(words | others), letters.ratio()
+
+        stored = [t for (t,) in ledger.connect(self.data).execute(STORED).fetchall()]
+        return [_short(t) for t in heapq.nlargest(5, stored, nearness)]
+
+
+def _stored_teacher(recipe: dict) -> dict:
+    """What is known of the teacher whose vectors are stored; of imported ones only its card."""
+    if "teacher" in recipe:
+        return {key: recipe["teacher"][key] for key in ("card", "config")}
+    return {"card": {key: value for key, value in recipe["card"].items() if key != "golden"}}
 
 
 def read_image(data: Path, file: Path) -> np.ndarray:

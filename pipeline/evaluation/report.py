@@ -6,7 +6,6 @@ when they are passed in.
 """
 
 import csv
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import PipelineError
@@ -25,6 +23,7 @@ from pipeline.data.targets import text_vectors
 from pipeline.evaluation import charts, figures, inspection
 from pipeline.evaluation.patches import PatchView
 from pipeline.evaluation.search import Collection, Hits, Query
+from pipeline.evaluation.throughput import finished_runs, throughput
 from pipeline.models.student import Student, read_card
 from pipeline.training.batches import Rows
 
@@ -32,6 +31,7 @@ NAME = "report.html"
 HITS = 6  # a side and prompt
 LOOKED_AT = 6  # held-out images
 THUMBNAIL = 160  # px
+ELSEWHERE = "The teacher's attention and the speed of every run: run `pipeline report`."
 APART = 0.02  # floor and ceiling, for a share of the way between them to mean something
 
 MEANING = {
@@ -41,8 +41,13 @@ MEANING = {
     "student_to_teacher": "the student's vector of an image finds the teacher's of the same one",
     "text_to_image": "a caption finds its own image",
     "overlap@10": "share of the ten best images that student and teacher agree on",
+    "rank_correlation": "Spearman's, of the student's and the teacher's order of all images",
     "pointing": "the patch that answers best to a text lies in its box",
-    "energy": "share of the activation that lies in the box",
+    "energy": "share of the positive activation that lies in the box",
+    "pointing_centred": "pointing, after the mean of all prompts is taken off the text",
+    "energy_centred": "energy, after the mean of all prompts is taken off the text",
+    "accuracy": "the class prompts nearest to an image are its label's; the floor is the share of "
+    "the most frequent label",
 }
 
 
@@ -62,7 +67,7 @@ def write_report(
 
     index: folder of the student's index; found: the figures of `pipeline evaluate`. by_teacher:
     what the teacher makes of a row, where its weights are here; notes: what is left out and why;
-    runs: finished evaluations with images_per_second and cosine.
+    runs: those that `pipeline.evaluation.throughput` finds.
     """
     rows = Rows(data, config.split, student.config.image_size, student.preprocessing.interpolation)
     parts, groups = inspection.inside_views(student, rows)
@@ -77,8 +82,8 @@ def write_report(
         "looked_at": inspection.patch_groups(data, rows, LOOKED_AT, student, by_teacher),
         "charts_inside": parts,
         "tiles_inside": groups,
-        "runs": _runs(runs or []),
-        "notes": notes or [],
+        "runs": throughput(runs or [], found["fidelity"]["cosine"]["floor"]),
+        "notes": [ELSEWHERE] if notes is None else notes,
         "gradient": figures.gradient(),
     }
     template = files("pipeline.evaluation").joinpath(NAME).read_text(encoding="utf-8")
@@ -103,11 +108,7 @@ def report(
     """
     found = read_stamp(data / "evaluation", "evaluate")["summary"]
     student, index = Student.load(data / "student"), data / "evaluation" / "index"
-    runs = [
-        {"stamp": stamp, "images_per_second": speed, "device": device}
-        | {"cosine": json.loads(metrics)["fidelity.cosine"]}
-        for stamp, speed, device, metrics in ledger.connect(data).execute(RUNS).fetchall()
-    ]
+    runs = finished_runs(data)
     write = partial(write_report, data=data, student=student, index=index, found=found)
     write_file(path, partial(write, config=config, by_teacher=by_teacher, notes=notes, runs=runs))
 
@@ -193,6 +194,7 @@ def _quality(found: dict) -> dict:
     return {
         "table": table,
         "counts": counts,
+        "left_out": {k.split(".")[0]: v for k, v in _flat(found).items() if "left_out" in k},
         "apart": APART,
         "alt": f"Share of the way from floor to ceiling: {shares}.",
     } | charts.in_both_lights(partial(charts.quality_chart, drawn))
@@ -202,7 +204,7 @@ def _figure_rows(found: dict, prefix: str = ""):
     """Every figure with a value, under its path, wherever it stands."""
     for key, figure in sorted(found.items(), key=_natural):
         if isinstance(figure, dict):
-            name = key if prefix in ("", key) else f"{prefix} {key}"
+            name = key if key.startswith(prefix) else f"{prefix} {key}"
             if isinstance(figure.get("value"), int | float):
                 yield name, figure
             else:
@@ -273,20 +275,6 @@ def _tiles(hits: Hits) -> dict[str, list[inspection.Tile]]:
     }
 
 
-def _runs(runs: list[dict]) -> dict | None:
-    if not runs:
-        return None
-    speeds, cosines = ([run[k] for run in runs] for k in ("images_per_second", "cosine"))
-    best = int(np.argmax(cosines))
-    alt = (
-        f"{len(runs)} evaluations: cosine {min(cosines):.3f} to {max(cosines):.3f}, "
-        f"{min(speeds):.0f} to {max(speeds):.0f} images per second; the best cosine at "
-        f"{speeds[best]:.0f} images per second."
-    )
-    draw = partial(charts.speed_chart, speeds, cosines)
-    return {"rows": runs, "alt": alt} | charts.in_both_lights(draw)
-
-
 CURVES = {
     "Training loss": ("loss", ["loss"]),
     "Cosine to the teacher, validation split": ("cosine", ["val_cosine", "val_floor"]),
@@ -307,8 +295,4 @@ FROM teacher GROUP BY view ORDER BY view
 TEXTS = """
 SELECT CASE WHEN image_id IS NULL THEN 'prompts' ELSE 'captions' END AS kind, count(*)
 FROM texts GROUP BY kind ORDER BY kind
-"""
-RUNS = """
-SELECT stamp, images_per_second, device, metrics FROM runs
-WHERE stage = 'evaluate' AND images_per_second > 0 ORDER BY finished, stamp
 """

@@ -196,12 +196,13 @@ def search_figure(hits: Hits, out: Path) -> None:
     """Write a PNG: the student's best images above the teacher's, with scores and captions."""
     drawn = min(DRAWN, max(len(hits.student), len(hits.teacher)))
     with figures.style() as colours:
-        figure = figures.Figure(figsize=(max(1.5 * drawn, 4.5), 4.9), layout="constrained")
+        figure = figures.Figure(figsize=(max(1.5 * drawn, 4.5), 5.0), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08)  # inches, below the title
         more = f", first {drawn} of {len(hits.student)}" if len(hits.student) > drawn else ""
         found = f"best of {hits.collection} images{more}"
-        notes = "".join(f"\n{figures.wrapped(note, 22 * drawn)}" for note in hits.notes)
         title = figures.wrapped(hits.title, 16 * drawn, lines=2)
-        figure.suptitle(f"{title}\n{found}{notes}", fontsize=10)
+        figure.suptitle(f"{title}\n{found}", fontsize=10)
+        figures.footnotes(figure, hits.notes)
         for strip, by in zip(figure.subfigures(2, 1), ("student", "teacher"), strict=True):
             strip.supylabel(f"by {by}", color=colours[by], fontsize=10)
             for ax, hit in zip(strip.subplots(1, drawn, squeeze=False)[0], getattr(hits, by)):  # noqa: B905

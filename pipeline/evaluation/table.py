@@ -1,10 +1,12 @@
 """The figures of an evaluation as a table for people."""
 
+GROUPS = ("fidelity", "student_to_teacher", "text_to_image", "pointing", "zero_shot")
+
 
 def figures_table(figures: dict) -> str:
-    """One line a figure: value, 95 % interval, floor, ceiling."""
+    """One line a figure: value, 95 % interval, floor, ceiling; then what is left out, and why."""
     rows = [("figure", "student", "95 % interval", "floor", "ceiling")]
-    for group in ("fidelity", "student_to_teacher", "text_to_image", "pointing", "zero_shot"):
+    for group in GROUPS:
         for name, figure in figures.get(group, {}).items():
             if isinstance(figure, dict):
                 interval = f"{figure['low']:.3f} - {figure['high']:.3f}"
@@ -16,4 +18,9 @@ def figures_table(figures: dict) -> str:
                     rows.append((f"{title}, always the centre", centre, "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    left_out = [
+        f"left out: {group}, for {figures[group]['left_out']}"
+        for group in GROUPS
+        if "left_out" in figures.get(group, {})
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), *left_out])

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.pixels import decode
+from pipeline.data.views import view_pixels
 from pipeline.evaluation.patches import PatchView
 from pipeline.models.teacher import Teacher
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from pipeline.core.errors import PipelineError
 from pipeline.data import audit
 from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
-from pipeline.data.pixels import decode, view_pixels
+from pipeline.data.pixels import decode
 from pipeline.data.questions import connection_over, set_findings
+from pipeline.data.views import view_pixels
 from pipeline.models.student import Student, read_card
 
 FAITHFUL = 0.999  # least cosine of a stored vector to the one that is computed again

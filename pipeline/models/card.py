@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError
 from pipeline.core.config import Strict
 from pipeline.core.errors import PipelineError
 
+CHECKPOINTS = (".safetensors", ".pt", ".bin", ".pth")  # endings of files; a tag has none
+
 
 class Golden(Strict):
     """First values of the unit embeddings of the teacher's fixed test pattern and test text."""
@@ -67,7 +69,7 @@ def weights_file(card: TeacherCard, path: Path) -> Path | None:
         return (usual or files)[0]
     if card.pretrained and (path.parent / card.pretrained).is_file():
         return path.parent / card.pretrained
-    if card.pretrained and card.pretrained.endswith((".safetensors", ".pt", ".bin", ".pth")):
+    if card.pretrained and card.pretrained.endswith(CHECKPOINTS):
         raise PipelineError(f"{path}: no checkpoint {path.parent / card.pretrained}.")
     return None
 

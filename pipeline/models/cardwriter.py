@@ -9,7 +9,7 @@ import yaml
 from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
-from pipeline.models.card import TeacherCard, weights_file
+from pipeline.models.card import CHECKPOINTS, TeacherCard, weights_file
 from pipeline.models.teacher import Teacher
 
 
@@ -21,6 +21,9 @@ def write_card(model: str, pretrained: str | None, out: Path) -> TeacherCard:
     """
     if out.exists():
         raise PipelineError(f"{out} exists. Remove it, or name another --out.")
+    if pretrained and pretrained.endswith(CHECKPOINTS) and not Path(pretrained).is_file():
+        raise PipelineError(f"no checkpoint {pretrained}. Name a file, or a tag of open_clip's.")
+    given = pretrained or model
     out.parent.mkdir(parents=True, exist_ok=True)
     if model.startswith("local-dir:"):
         model = f"local-dir:{_beside(out, model.removeprefix('local-dir:'))}"
@@ -28,14 +31,16 @@ def write_card(model: str, pretrained: str | None, out: Path) -> TeacherCard:
         pretrained = _beside(out, pretrained)
     values = {"name": out.stem, "model": model, "pretrained": pretrained, "sha256": None}
     values |= {"activation": "quickgelu", "golden": None}
-    if weights := weights_file(TeacherCard(**values), out):
-        with weights.open("rb") as file:
-            values["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     probe = out.with_name(f".{out.name}.probe")
     try:
+        if weights := weights_file(TeacherCard(**values), probe):
+            with weights.open("rb") as file:
+                values["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         probe.write_text(yaml.safe_dump(values))
         teacher = Teacher(probe, pick_device("cpu"), check_activation=False)
         values |= {"activation": teacher.activation(), "golden": teacher.golden()}
+    except PipelineError as error:  # there is no card yet that it could name
+        raise PipelineError(str(error).replace(str(probe), given)) from None
     finally:
         probe.unlink(missing_ok=True)
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)

@@ -1,0 +1,59 @@
+"""Quality against throughput: students, their teacher, and what other ways to pool gave, as far as
+data/runs knows them. Speeds differ from run to run, so none of this is in an out of DVC.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from pipeline.data import ledger
+from pipeline.evaluation import charts
+
+OURS = "extra-head"  # other ways to pool are the baselines
+
+
+def finished_runs(data: Path) -> list[dict]:
+    """Evaluations and teacher's runs that saw images, the oldest first, as {series, what, stamp,
+    device, images_per_second, cosine}. The teacher's cosine to itself is 1.
+    """
+    return [_run(*row) for row in ledger.connect(data).execute(RUNS).fetchall()]
+
+
+def _run(stage: str, stamp: str, device: str, speed: float, recipe: str, metrics: str) -> dict:
+    run = {"stamp": stamp, "device": device, "images_per_second": speed}
+    if stage == "teacher_embed":
+        name = json.loads(recipe)["teacher"]["card"]["name"]
+        return run | {"series": "teacher", "what": f"teacher {name}", "cosine": 1.0}
+    found = json.loads(metrics)
+    run |= {"series": "student", "what": "student", "cosine": found["fidelity.cosine"]}
+    if "student.pool" in found:
+        size = f"{found['student.parameters'] / 1e6:.2f} M, {found['student.image_size']} px"
+        run["what"] = f"student, {found['student.pool']}, {size}"
+        if found["student.pool"] != OURS:
+            run["series"] = f"baseline: {found['student.pool']}"
+    return run
+
+
+def throughput(runs: list[dict], floor: float) -> dict | None:
+    """The runs as rows and a chart, over the cosine of always answering the mean; None without any."""
+    if not runs:
+        return None
+    series: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        point = run["images_per_second"], run["cosine"]
+        series.setdefault(run["series"], []).append(point)
+    best = "; ".join(
+        f"{name}, {len(points)} run{'s' * (len(points) > 1)}: cosine {cosine:.3f} at "
+        f"{speed:.0f} images per second"
+        for name, points in series.items()
+        for speed, cosine in [max(points, key=lambda point: point[1])]
+    )
+    alt = f"The best of each: {best}. Always answering the mean embedding: {floor:.3f}."
+    draw = partial(charts.speed_chart, series, floor)
+    return {"rows": runs, "alt": alt} | charts.in_both_lights(draw)
+
+
+RUNS = """
+SELECT stage, stamp, device, images_per_second, recipe, metrics FROM runs
+WHERE stage IN ('evaluate', 'teacher_embed') AND images_per_second > 0 ORDER BY finished, stamp
+"""

@@ -1,0 +1,62 @@
+"""Does an image lie nearest to the text that names its class? Measured where images have labels."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import PipelineError
+from pipeline.data.targets import labels_of, text_vectors
+from pipeline.data.texts import class_prompts, labels
+from pipeline.evaluation import metrics
+
+
+def zero_shot_figures(
+    data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray, templates: list[str]
+) -> dict:
+    """Share of images whose nearest class is their label, or {} where none has a label.
+
+    ids: of n images; student, teacher: (n, E) their vectors. The classes are all labels of
+    data/images. The floor is the share of the most frequent label: what the best answer that does
+    not look at the image gets, and never less than chance. The ceiling is the teacher's share.
+    Where a class has no vector: {"left_out": why}.
+    """
+    label_of = labels_of(data, ids)
+    labelled = [i for i, key in enumerate(ids) if key in label_of]
+    if not labelled:
+        return {}
+    names = labels(data / "images")
+    try:
+        classes = class_vectors(data, names, templates)
+    except PipelineError as error:
+        return {"left_out": str(error)}
+    number = {name: i for i, name in enumerate(names)}
+    own = np.array([number[label_of[ids[i]]] for i in labelled])
+    right = metrics.zero_shot(student[labelled], classes, own)
+    ceiling = metrics.zero_shot(teacher[labelled], classes, own).mean()
+    ends = {"floor": float(np.bincount(own).max() / len(own)), "ceiling": float(ceiling)}
+    counts = {"images": len(own), "classes": len(names), "templates": len(templates)}
+    return counts | {"accuracy": metrics.share_interval(right) | ends}
+
+
+def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndarray:
+    """(c, E) unit vectors of classes: the mean of those stored for a class's filled templates.
+
+    Prompts are averaged as CLIP does it (Radford et al. 2021, section 3.1.4). A class may have
+    fewer prompts stored than another. Raises PipelineError where one has none, or none is to be told apart.
+    """
+    asked = {name: class_prompts(templates, name) for name in names}
+    every = sorted({text for texts in asked.values() for text in texts})
+    texts, _, vectors = text_vectors(data, "text IN (SELECT unnest(?::VARCHAR[]))", [every])
+    vector_of = dict(zip(texts, vectors, strict=True))
+    stored = {
+        name: [vector_of[text] for text in texts if text in vector_of]
+        for name, texts in asked.items()
+    }
+    if without := [name for name, found in stored.items() if not found]:
+        raise PipelineError(
+            f"{len(without)} of {len(names)} labels have no stored class prompt, such as "
+            f"{without[0]!r}. Name the same templates in teacher_embed.templates and "
+            "evaluate.templates, or import vectors of such prompts."
+        )
+    means = np.stack([np.mean(found, axis=0) for found in stored.values()])
+    return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
