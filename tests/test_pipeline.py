@@ -141,9 +141,9 @@ def test_the_readmes_lines_embed_an_image_with_onnxruntime_alone(finished):
     pixels = torch.from_numpy(seen.copy()).permute(2, 0, 1)[None]
     with torch.inference_mode():
         expected = student(student.normalise(pixels))[0][0]
-    torch.testing.assert_close(
-        torch.tensor(json.loads(printed.splitlines()[-1])), expected, atol=1e-4, rtol=1e-3
-    )
+    found = torch.tensor(json.loads(printed.splitlines()[-1]))
+    # Pillow's rounding of pixels costs 0.002; half a pixel beside the crop would cost 0.016
+    assert (found - expected).norm() < 0.005 * expected.norm()
 
 
 def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finished):
