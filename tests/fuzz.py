@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["PIL", "pipeline"]):
 import pyarrow as pa
 import pyarrow.parquet as pq
 import worlds
+from PIL import Image
 
 MOST_PIXELS = 1_000_000
 SCRATCH = Path(tempfile.mkdtemp())
@@ -51,6 +52,10 @@ def image_seeds():
         for i, options in enumerate([{}, {"width": 200, "height": 30}]):
             yield worlds.picture(i, kind=kind, **options)
     yield worlds.picture(3, kind="JPEG", progressive=True)
+    lying = Image.Exif()
+    lying[0x0112] = 6  # on its side
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        yield worlds.picture(4, kind=kind, exif=lying)
 
 
 def manifest_seeds():

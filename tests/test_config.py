@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.core.config import SECTIONS, load_section
+from pipeline.core.config import SECTIONS, LossWeights, load_section
 from pipeline.core.errors import PipelineError
 from pipeline.core.presets import PRESETS, write_preset
 
@@ -87,7 +87,7 @@ def test_a_missing_key_is_named_with_its_place(params, key):
         ("distill.student.patch_size", 7, "not a multiple of patch_size 7"),
         ("distill.student.heads", 7, "not a multiple of heads 7"),
         ("distill.student.pool", "max", "'extra-head', 'mean', 'cls' or 'cls-distill'"),
-        ("distill.loss.l1", 0.0, "every weight is 0"),
+        ("distill.loss", dict.fromkeys(LossWeights.model_fields, 0.0), "every weight is 0"),
         ("evaluate.prompts", "a red circle", "list"),
     ],
 )

@@ -90,8 +90,9 @@ def test_a_slightly_damaged_jpeg_is_kept_and_encoded_anew():
 # Made upright, RGB, opaque
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = quarters()  # what a camera stores of the upright scene
@@ -106,9 +107,11 @@ def test_exif_orientation_is_applied(orientation):
     }
     if orientation > 1:
         turned = turned.transpose(undo[orientation])
-    data = encoded(turned, exif=exif, quality=95)
+    data = encoded(turned, kind, exif=exif, **{} if kind == "PNG" else {"quality": 95})
     assert_close(corners(stored(data)), [RED, BLUE, GREEN, YELLOW])
     assert canonical_jpeg(data, 256, 95, ALLOWED)[1:] == (64, 32, 64, 32)
+    assert_close(corners(stored(data, 16)), [RED, BLUE, GREEN, YELLOW], tolerance=40)
+    assert canonical_jpeg(data, 16, 95, ALLOWED)[1:] == (32, 16, 64, 32)
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0no tiff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])

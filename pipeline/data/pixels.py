@@ -6,7 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERSION = 1  # raise it when a change here changes what is stored or decoded
+VERSION = 2  # raise it when a change here changes what is stored or decoded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL decoders that strangers' bytes meet
 
@@ -51,8 +51,8 @@ def _store(image: Image.Image, data: bytes, image_size: int, quality: int, max_p
         raise TooManyPixels(f"{width} x {height} px is more than {max_pixels} px in all")
     upright = image.getexif().get(0x0112, 1) == 1
     as_it_is = image.format == "JPEG" and image.mode == "RGB" and upright
-    if not upright and image.getexif().get(0x0112) in (5, 6, 7, 8):
-        width, height = height, width
+    if image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8):
+        width, height = height, width  # those of a TIFF are upright already
     scale = min(1.0, image_size / min(width, height))
     size = round(width * scale), round(height * scale)
     if max(size) > 65_500:  # JPEG holds 65,535
