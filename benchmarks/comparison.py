@@ -1,6 +1,6 @@
 """Students that differ in one thing, same budget, on the demo world: what does each choice buy?
 
-Run:   make demo && python benchmarks/comparison.py {pools,masks,losses} [--steps 250] [--seeds 1]
+Run:   make demo && python benchmarks/comparison.py {pools,masks,losses,averages} [--steps 250] [--seeds 1]
 Trains one student per variant and seed from data/ through the stages themselves, in a folder of
 its own, and prints one table: fidelity, retrieval, pointing, parameters, training images/s.
 """
@@ -34,14 +34,17 @@ VARIANTS = {
         for norm in (True, False)
     },
     "losses": {
-        "l1, the published one": {},
-        "cosine": {"loss": {"l1": 0.0, "cosine": 1.0}},
-        "l1 + relational 0.25": {"loss": {"relational": 0.25}},
-        "l1 + relational 1": {"loss": {"relational": 1.0}},
-        "l1 + caption 0.25": {"loss": {"caption": 0.25}},
-        "l1 + caption 1": {"loss": {"caption": 1.0}},
-        "l1, weights averaged 0.99": {"ema": 0.99},
+        name: {"loss": {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0} | weights}
+        for name, weights in {
+            "l1, the published one": {},
+            "cosine": {"l1": 0.0, "cosine": 1.0},
+            "l1 + relational 0.25": {"relational": 0.25},
+            "l1 + relational 1": {"relational": 1.0},
+            "l1 + caption 0.25": {"caption": 0.25},
+            "l1 + caption 1": {"caption": 1.0},
+        }.items()
     },
+    "averages": {f"weights averaged with {decay}": {"ema": decay} for decay in (0.0, 0.99)},
 }
 COLUMNS = (
     ("cosine", "fidelity", "cosine"),

@@ -12,12 +12,11 @@ targets read from Parquet and with the teacher in the loop, in float32 and in bf
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +28,12 @@ from worlds import full_size_card, photos, write_data
 
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
+from pipeline.core.provenance import read_stamp
 from pipeline.data.targets import training_mean
 from pipeline.data.views import random_view
 from pipeline.models.student import Preprocessing
 from pipeline.models.teacher import Teacher
-from pipeline.training.batches import Batch, Epochs, Rows, training_batches
+from pipeline.training.batches import Epochs, Rows, training_batches
 from pipeline.training.loop import Trainer
 from pipeline.training.ranks import Ranks
 from stages.select import select
@@ -127,21 +127,13 @@ def print_quality(args, data: Path) -> None:
 def train(config: DistillConfig, data: Path, rows: Rows, targets: Callable | None) -> Student:
     """A student after config.steps; targets: from a batch's pixels, or None for the stored ones."""
     torch.manual_seed(config.seed)
-    how = json.loads((data / "teacher/_stamp.json").read_text())["summary"]["preprocessing"]
+    how = read_stamp(data / "teacher", "teacher_embed")["summary"]["preprocessing"]
     how = Preprocessing(**{name: how[name] for name in ("mean", "std", "interpolation")})
     student = Student(config.student, how)
     trainer = Trainer(config, student, training_mean(data), Ranks(CPU))
     epochs = Epochs(rows, config.seed, config.batch, config.window)
-    batches = training_batches(epochs, 0, config.steps, workers=2, jitter=config.jitter)
-    for batch in with_targets(batches, targets):
-        trainer.train_step(batch)
+    steps(trainer, epochs, config.steps, targets)
     return trainer.averaged_student()
-
-
-def with_targets(batches: Iterator[Batch], targets: Callable | None) -> Iterator[Batch]:
-    """The published way where targets is given: the teacher embeds what the student will see."""
-    for batch in batches:
-        yield replace(batch, targets=targets(batch.pixels)) if targets else batch
 
 
 def print_prices(args, data: Path) -> None:
@@ -195,9 +187,11 @@ def print_prices(args, data: Path) -> None:
 
 
 def steps(trainer: Trainer, epochs: Epochs, count: int, targets: Callable | None) -> None:
-    batches = training_batches(epochs, 0, count, workers=2)
-    for batch in with_targets(batches, targets):
-        trainer.train_step(batch)
+    """Where targets is given, the published way: the teacher embeds what the student will see."""
+    jitter = trainer.config.jitter
+    for batch in training_batches(epochs, 0, count, workers=2, jitter=jitter):
+        seen = replace(batch, targets=targets(batch.pixels)) if targets else batch
+        trainer.train_step(seen)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndar
     """(c, E) unit vectors of classes: the mean of those stored for a class's filled templates.
 
     Prompts are averaged as CLIP does it (Radford et al. 2021, section 3.1.4). A class may have
-    fewer prompts stored than another. Raises PipelineError where one has none, or none is to be told apart.
+    fewer prompts stored than another. Raises PipelineError where one has none.
     """
     asked = {name: class_prompts(templates, name) for name in names}
     every = sorted({text for texts in asked.values() for text in texts})
