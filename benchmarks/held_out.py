@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pipeline import Student
-from pipeline.data.targets import split_vectors, text_vectors, training_mean
+from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
 from pipeline.evaluation.metrics import fidelity, ranks_of_own
 from pipeline.training.batches import Rows, batches_of
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import simplejpeg
 from worlds import AREA, RATIO, photos, write_data
 
-from pipeline.models import torchvision_guard  # noqa: F401
+import pipeline.models.open_clip  # noqa: F401  # before torchvision, which it makes importable
 from pipeline.training.batches import Epochs, Rows, training_batches
 
 import datasets  # isort: skip

@@ -29,13 +29,13 @@ from worlds import full_size_card, photos, write_data
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
 from pipeline.core.provenance import read_stamp
-from pipeline.data.targets import training_mean
+from pipeline.data.embeddings import training_mean
 from pipeline.data.views import random_view
 from pipeline.models.student import Preprocessing
 from pipeline.models.teacher import Teacher
 from pipeline.training.batches import Epochs, Rows, training_batches
-from pipeline.training.loop import Trainer
-from pipeline.training.ranks import Ranks
+from pipeline.training.distributed import Ranks
+from pipeline.training.trainer import Trainer
 from stages.select import select
 from stages.teacher_embed import teacher_embed
 
@@ -117,7 +117,9 @@ def print_quality(args, data: Path) -> None:
         select(selection, data)
         if count == 1:
             line("one view, no augmentation", rows, seconds=seconds)
-            line("one view, mismatched crops", rows, seconds=seconds, jitter=crops["area"][0])
+            line(
+                "one view, mismatched crops", rows, seconds=seconds, min_crop_area=crops["area"][0]
+            )
         else:
             line(f"{count} views", lambda count=count: rows(views=count), seconds=seconds)
     fresh = FreshViews(data, "train", base.student.image_size, teacher.interpolation, crops=crops)
@@ -131,7 +133,7 @@ def train(config: DistillConfig, data: Path, rows: Rows, targets: Callable | Non
     how = Preprocessing(**{name: how[name] for name in ("mean", "std", "interpolation")})
     student = Student(config.student, how)
     trainer = Trainer(config, student, training_mean(data), Ranks(CPU))
-    epochs = Epochs(rows, config.seed, config.batch, config.window)
+    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
     steps(trainer, epochs, config.steps, targets)
     return trainer.averaged_student()
 
@@ -154,7 +156,7 @@ def print_prices(args, data: Path) -> None:
         ready = np.random.default_rng(0).integers(0, 256, (args.batch, 224, 224, 3), np.uint8)
         teacher.use(getattr(torch, precision), ready[:8], ["a photo"])
         rows = Rows(data, "train", PUBLISHED.image_size, "bicubic")
-        epochs = Epochs(rows, 0, args.batch, config.window)
+        epochs = Epochs(rows, 0, args.batch, config.shuffle_row_groups)
         chosen = config.model_copy(update={"precision": precision})
         trainer = Trainer(chosen, Student(PUBLISHED), training_mean(data), Ranks(CPU))
         batch = next(training_batches(epochs, 0, 1, workers=2))
@@ -188,8 +190,8 @@ def print_prices(args, data: Path) -> None:
 
 def steps(trainer: Trainer, epochs: Epochs, count: int, targets: Callable | None) -> None:
     """Where targets is given, the published way: the teacher embeds what the student will see."""
-    jitter = trainer.config.jitter
-    for batch in training_batches(epochs, 0, count, workers=2, jitter=jitter):
+    min_crop_area = trainer.config.min_crop_area
+    for batch in training_batches(epochs, 0, count, workers=2, min_crop_area=min_crop_area):
         seen = replace(batch, targets=targets(batch.pixels)) if targets else batch
         trainer.train_step(seen)
 

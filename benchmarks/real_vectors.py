@@ -19,10 +19,10 @@ import yaml
 
 from pipeline.core.config import DistillConfig, EvaluateConfig, SelectConfig, load_section
 from pipeline.core.presets import write_preset
-from pipeline.data.imported import import_embeddings
 from stages.distill import distill
 from stages.download import download
 from stages.evaluate import evaluate
+from stages.import_embeddings import import_embeddings
 from stages.select import select
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +34,10 @@ RECIPE = {
     "loss": {"l1": 1.0, "cosine": 0.0, "relational": 0.25, "caption": 0.0},
     "relational_scale": 10.0,
     "views": 1,
-    "noise": 0.2,
-    "jitter": 0.4,
+    "color_jitter": 0.2,
+    "min_crop_area": 0.4,
     "mixup": 1.0,
-    "smooth_stem": 8,
+    "fixed_stem_frequencies": 8,
     "batch": BATCH,
     "learning_rate": 3e-4,
     "ema": 0.99,

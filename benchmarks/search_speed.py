@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.data import shards
-from pipeline.evaluation.search import Collection, Query, nearest
+from pipeline.explore.search import Collection, Query, nearest
 
 SHARDS = 10
 

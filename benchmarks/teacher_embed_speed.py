@@ -22,11 +22,9 @@ from worlds import FULL_SIZE, full_size_card, photos, write_images
 from pipeline.core.config import load_section
 from pipeline.core.devices import pick_device, pick_dtype
 from pipeline.data import shards
-from pipeline.models import torchvision_guard  # noqa: F401
-from pipeline.models.embedding import view_tables
+from pipeline.models.open_clip import open_clip
 from pipeline.models.teacher import Teacher
-
-import open_clip  # isort: skip
+from pipeline.models.teacher_shards import view_tables
 
 BATCH = 64
 

@@ -10,12 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.data import shards
-from pipeline.data.pixels import canonical_jpeg
 from pipeline.data.views import random_view
-from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
-from pipeline.models.cardwriter import write_card
-
-import open_clip  # isort: skip
+from pipeline.fetch.decoding import canonical_jpeg
+from pipeline.models.card_writer import write_card
+from pipeline.models.open_clip import open_clip
 
 FULL_SIZE = "ViT-B-32-quickgelu"
 AREA, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of random crops

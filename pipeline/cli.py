@@ -145,7 +145,7 @@ def evaluate(
 ) -> None:
     """Measure the student on the held-out split into data/evaluation, with floors and ceilings."""
     from pipeline.core.config import load_section
-    from pipeline.evaluation.table import figures_table
+    from pipeline.explore.metrics_table import figures_table
     from stages.evaluate import evaluate as run
 
     figures = run(load_section(params, "evaluate"), data, device=device, workers=workers)
@@ -163,7 +163,7 @@ def query(
 
     Example: pipeline query "SELECT status, count(*) FROM images GROUP BY status"
     """
-    from pipeline.data.answers import print_answer
+    from pipeline.explore.query import print_answer
 
     print_answer(data, sql, format)
 
@@ -180,8 +180,8 @@ def search(
     data: Data = DATA,
 ) -> None:
     """Find the best images for a text or an image, by student and by teacher."""
-    from pipeline.evaluation.queries import Queries
-    from pipeline.evaluation.search import Collection, hits_text, search_figure
+    from pipeline.explore.query_vectors import Queries
+    from pipeline.explore.search import Collection, hits_text, search_figure
 
     if (text is None) == (image is None):
         raise PipelineError("search with a text or with --image FILE: one of the two.")
@@ -203,9 +203,9 @@ def look(
     data: Data = DATA,
 ) -> None:
     """Draw which patches of an image count, and where each text is in it."""
-    from pipeline.evaluation.look import look as run
-    from pipeline.evaluation.look import look_figure
-    from pipeline.evaluation.queries import Queries
+    from pipeline.explore.look import look as run
+    from pipeline.explore.look import look_figure
+    from pipeline.explore.query_vectors import Queries
 
     seen = run(Queries(data, _card(card, params)), image, prompts or [])
     look_figure(seen, out)
@@ -222,14 +222,14 @@ def report(
 ) -> None:
     """Write the report again, with the teacher's attention and the speed of every run."""
     from pipeline.core.config import load_section
-    from pipeline.evaluation.queries import Queries
-    from pipeline.evaluation.report import report as run
+    from pipeline.explore.query_vectors import Queries
+    from pipeline.explore.report import report as run
 
     queries, notes, by_teacher = Queries(data, _card(card, params)), [], None
     if queries.teacher is None:
         notes.append(f"The teacher's attention: {queries.no_teacher}")
     else:
-        from pipeline.evaluation.teacher_patches import row_viewer
+        from pipeline.models.teacher_patches import row_viewer
 
         try:
             by_teacher = row_viewer(queries.teacher)
@@ -252,8 +252,8 @@ def verify(
     workers: Workers = 2,
 ) -> None:
     """Hold what lies in data/ against every promise; status 1 and what to run where one is broken."""
-    from pipeline.evaluation.verify import findings_text
-    from pipeline.evaluation.verify import verify as run
+    from pipeline.verify.verify import findings_text
+    from pipeline.verify.verify import verify as run
 
     if format not in ("table", "json"):
         raise PipelineError(f"--format {format}: there are table, json.")
@@ -274,7 +274,7 @@ def serve(
     data: Data = DATA,
 ) -> None:
     """Search in the browser: results by student and teacher, and a map for each image."""
-    from pipeline.evaluation.serve import serve as run
+    from pipeline.explore.serve import serve as run
 
     run(data, _card(card, params), host, port, public=public, announce=typer.echo)
 

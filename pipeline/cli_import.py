@@ -14,7 +14,7 @@ def import_folder(
     out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
 ) -> None:
     """Write a manifest of local images. Set download.manifest to it, download.root to the folder."""
-    from pipeline.data.folder import write_folder_manifest
+    from pipeline.fetch.folder import write_folder_manifest
 
     count = write_folder_manifest(folder, out)
     typer.echo(
@@ -32,7 +32,7 @@ def import_teacher(
     ] = None,
 ) -> None:
     """Load a teacher once and write its card: digest, activation and golden vectors."""
-    from pipeline.models.cardwriter import write_card
+    from pipeline.models.card_writer import write_card
 
     card = write_card(model, pretrained, out)
     typer.echo(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
@@ -68,9 +68,9 @@ def import_embeddings(
     They are joined by url, file name or key. Then `dvc freeze teacher_embed` and `dvc repro`, or
     `pipeline select`, `distill`, `evaluate`.
     """
-    from pipeline.data.imported import import_embeddings as run
     from pipeline.models.card import read_card
-    from pipeline.models.stated import stated_preprocessing
+    from pipeline.models.stated_preprocessing import stated_preprocessing
+    from stages.import_embeddings import import_embeddings as run
 
     teacher = read_card(card)
     how = stated_preprocessing(teacher, card)

@@ -25,14 +25,14 @@ from pipeline.core.provenance import (
     write_json,
 )
 from pipeline.data import views
+from pipeline.data.embeddings import training_mean
 from pipeline.data.runs import append_run
-from pipeline.data.targets import training_mean
 from pipeline.models import student as students
 from pipeline.models.student import Preprocessing, Student
-from pipeline.training import batches, loop
+from pipeline.training import batches, trainer
 from pipeline.training.batches import Epochs, Rows, batches_of, training_batches
-from pipeline.training.loop import Trainer, write_log
-from pipeline.training.ranks import Ranks
+from pipeline.training.distributed import Ranks
+from pipeline.training.trainer import Trainer, write_log
 
 STAGE = "distill"
 CHECKPOINT, RECIPE = "checkpoint.pt", "recipe.json"  # of a run under way
@@ -90,7 +90,7 @@ def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
             f"the teacher's embeddings have {size} values, distill.student.embedding_size is "
             f"{config.student.embedding_size}. Set it to {size}."
         )
-    versions = {"batches": batches.VERSION, "loop": loop.VERSION, "student": students.FORMAT}
+    versions = {"batches": batches.VERSION, "loop": trainer.VERSION, "student": students.FORMAT}
     versions["views"] = views.VERSION
     recipe = {"config": config.model_dump(), "versions": versions, "images": images}
     recipe |= {"teacher": content(teacher), "selection": content(selection)}
@@ -133,9 +133,9 @@ def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, 
     seen = config.student.image_size, how["interpolation"]
     rows = Rows(
         data, "train", *seen, views=config.views, captions=config.loss.caption > 0,
-        window=config.window,
+        window=config.shuffle_row_groups,
     )  # fmt: skip
-    epochs = Epochs(rows, config.seed, config.batch, config.window)
+    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
     held_out = Rows(data, "val", *seen)
     torch.manual_seed(config.seed)
     trainer = Trainer(
@@ -146,7 +146,7 @@ def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, 
     began, first_step = time.monotonic(), trainer.step
     steps = training_batches(
         epochs, trainer.step, config.steps, workers=workers, rank=ranks.rank, ranks=ranks.size,
-        jitter=config.jitter,
+        min_crop_area=config.min_crop_area,
     )  # fmt: skip
     with tqdm(
         total=config.steps * config.batch, initial=trainer.step * config.batch, unit="image",

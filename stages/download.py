@@ -17,8 +17,9 @@ from tqdm import tqdm
 from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, file_digest, libraries, lock
-from pipeline.data import manifest, pixels, policy, shards
-from pipeline.data.fetch import RETRYABLE, FetchRules, fetch_lists, split_error
+from pipeline.data import shards
+from pipeline.fetch import decoding, manifest, policy
+from pipeline.fetch.img2dataset import RETRYABLE, FetchRules, fetch_lists, split_error
 
 STAGE = "download"
 IMAGE_FACTS = (
@@ -74,7 +75,7 @@ def _rules_recipe(config: DownloadConfig) -> dict:
 
 def _pixels_recipe(config: DownloadConfig) -> dict:
     """What decides the bytes of a stored image."""
-    versions = {"pixels": pixels.VERSION, "shards": shards.VERSION}
+    versions = {"pixels": decoding.VERSION, "shards": shards.VERSION}
     return {"image_size": config.image_size, "quality": config.quality, **versions}
 
 

@@ -20,14 +20,14 @@ from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
 from pipeline.data import shards
+from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
 from pipeline.data.runs import append_run
-from pipeline.data.targets import split_vectors, text_vectors, training_mean
 from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
 from pipeline.evaluation.grounding import pointing_figures
-from pipeline.evaluation.report import NAME as REPORT
-from pipeline.evaluation.report import write_report
 from pipeline.evaluation.zero_shot import zero_shot_figures
+from pipeline.explore.report import NAME as REPORT
+from pipeline.explore.report import write_report
 from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.core.config import SelectConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, command, content, libraries, lock, read_stamp
-from pipeline.data import ledger, shards
+from pipeline.data import database, shards
 from pipeline.data.duplicates import near_duplicate_groups
 
 STAGE = "select"
@@ -72,7 +72,7 @@ def _selected(config: SelectConfig, data: Path) -> pa.Table:
             "family": pa.array([group[0] for group in groups for _ in group], pa.string()),
         }
     )
-    connection = ledger.connect(data)
+    connection = database.connect(data)
     connection.register("near", near)
     try:
         return connection.sql(QUERY.format(**config.model_dump())).to_arrow_table()

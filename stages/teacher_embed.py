@@ -30,8 +30,8 @@ from pipeline.data.texts import (
     text_id,
 )
 from pipeline.models.card import read_card
-from pipeline.models.embedding import Known, text_vectors, view_tables
 from pipeline.models.teacher import Teacher, teacher_libraries, teacher_recipe
+from pipeline.models.teacher_shards import Known, text_vectors, view_tables
 
 STAGE = "teacher_embed"
 PROBE = 32  # images and texts on which bfloat16 is held against float32

@@ -16,8 +16,9 @@ import atheris
 
 with atheris.instrument_imports(include=["PIL", "pipeline"]):
     from pipeline.core.errors import PipelineError
-    from pipeline.data.manifest import write_lists
-    from pipeline.data.pixels import FORMATS, NotAnImage, TooManyPixels, canonical_jpeg, decode
+    from pipeline.data.pixels import NotAnImage, decode
+    from pipeline.fetch.decoding import FORMATS, TooManyPixels, canonical_jpeg
+    from pipeline.fetch.manifest import write_lists
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -79,10 +79,11 @@ def distill_config(**changes) -> DistillConfig:
     }  # fmt: skip
     values = dict(
         student=student, loss={"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.1},
-        relational_scale=20.0, views=2, noise=0.1, jitter=1.0, mixup=0.0, smooth_stem=0,
+        relational_scale=20.0, views=2, color_jitter=0.1, min_crop_area=1.0, mixup=0.0,
+        fixed_stem_frequencies=0,
         steps=12, batch=8, learning_rate=0.003,
-        schedule="cosine", warmup=2, weight_decay=0.05, clip=1.0, ema=0.9, precision="float32",
-        validate_every=5, window=2, seed=0,
+        schedule="cosine", warmup=2, weight_decay=0.05, max_grad_norm=1.0, ema=0.9, precision="float32",
+        validate_every=5, shuffle_row_groups=2, seed=0,
     )  # fmt: skip
     return DistillConfig.model_validate(values | changes)
 

@@ -73,20 +73,20 @@ def test_epochs_and_seeds_differ_in_order(data, expected):
     assert first != second and first != other and first != sorted(first)
 
 
-@pytest.mark.parametrize("jitter", [1.0, 0.3])
-def test_a_run_that_begins_anywhere_sees_what_an_undisturbed_one_sees(data, jitter):
-    whole = steps(data, 0, 16, jitter=jitter)
+@pytest.mark.parametrize("min_crop_area", [1.0, 0.3])
+def test_a_run_that_begins_anywhere_sees_what_an_undisturbed_one_sees(data, min_crop_area):
+    whole = steps(data, 0, 16, min_crop_area=min_crop_area)
     for start in (1, 7, 8, 15):
-        rest = steps(data, start, 16, jitter=jitter)
+        rest = steps(data, start, 16, min_crop_area=min_crop_area)
         assert all(same(a, b) for a, b in zip(rest, whole[start:], strict=True))
 
 
-@pytest.mark.parametrize("jitter", [1.0, 0.3])
+@pytest.mark.parametrize("min_crop_area", [1.0, 0.3])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_and_workers_share_out_the_very_same_steps(data, ranks, jitter):
-    whole = steps(data, 2, 9, jitter=jitter)
+def test_ranks_and_workers_share_out_the_very_same_steps(data, ranks, min_crop_area):
+    whole = steps(data, 2, 9, min_crop_area=min_crop_area)
     parts = [
-        steps(data, 2, 9, rank=rank, ranks=ranks, workers=1 + 2 * rank, jitter=jitter)
+        steps(data, 2, 9, rank=rank, ranks=ranks, workers=1 + 2 * rank, min_crop_area=min_crop_area)
         for rank in range(ranks)
     ]
     for step, batch in enumerate(whole):
@@ -122,7 +122,7 @@ def test_a_row_group_shows_its_views_in_turn(data):
 
 
 def test_jitter_shows_a_part_of_the_view_and_keeps_the_target(data):
-    whole, part = steps(data, 0, 8), steps(data, 0, 8, jitter=0.25)
+    whole, part = steps(data, 0, 8), steps(data, 0, 8, min_crop_area=0.25)
     assert [a.ids for a in whole] == [b.ids for b in part]
     assert all(np.array_equal(a.targets, b.targets) for a, b in zip(whole, part, strict=True))
     changed = [not np.array_equal(x, y) for a, b in zip(whole, part, strict=True)

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.core.errors import PipelineError
 from pipeline.models.card import check_weights, read_card, weights_file
-from pipeline.models.cardwriter import write_card
+from pipeline.models.card_writer import write_card
 
 
 @pytest.fixture
@@ -69,7 +69,6 @@ def test_a_missing_card_and_a_folder_are_refused_by_name(card):
 
 def test_the_digest_is_of_the_file_that_open_clip_loads(card):
     """A folder from a hub may hold weights of other libraries beside open_clip's."""
-    from pipeline.models import torchvision_guard  # noqa: F401
 
     from open_clip import factory  # isort: skip
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
-
-import open_clip  # isort: skip
+from pipeline.models.open_clip import open_clip
 
 DEMO = Path(__file__).parent.parent / "manifests" / "demo"
 SIZE = 64

@@ -9,7 +9,7 @@ import worlds
 from finished import finished_world  # noqa: F401  (a fixture)
 
 from pipeline.core.errors import PipelineError
-from pipeline.training.loop import Trainer
+from pipeline.training.trainer import Trainer
 from stages.distill import distill
 from stages.evaluate import evaluate
 
@@ -66,7 +66,7 @@ def test_a_truncated_shard_is_named_with_what_to_run(data):
 
 def test_a_loss_that_explodes_ends_with_a_clear_error_and_no_student(data):
     with pytest.raises(PipelineError, match="learning_rate"):
-        train(data, learning_rate=1e30, warmup=0, steps=50, clip=1e30)
+        train(data, learning_rate=1e30, warmup=0, steps=50, max_grad_norm=1e30)
     assert not (data / "student").exists()
 
 

@@ -20,8 +20,8 @@ import pytest
 import worlds
 from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
-from pipeline.data.audit import INPUTS, ROOMS
-from pipeline.evaluation.verify import verify
+from pipeline.verify.files import INPUTS, ROOMS
+from pipeline.verify.verify import verify
 
 COMMANDS = {room: stage.replace("_", "-") for room, stage in ROOMS.items()}
 SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
@@ -242,7 +242,7 @@ def test_every_file_cut_or_flipped_at_twenty_places_is_found(
 
 @pytest.mark.parametrize("clock", [4e9, 1.0], ids=["future", "past"])
 def test_a_clock_that_jumps_changes_no_byte(finished_world, tmp_path, monkeypatch, clock):
-    from pipeline.training.loop import Trainer
+    from pipeline.training.trainer import Trainer
     from stages.distill import distill
 
     data = tmp_path / "data"

@@ -17,8 +17,8 @@ import server as web
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
-from pipeline.data import fetch
-from pipeline.data.fetch import RETRYABLE, FetchRules, fetch_lists, split_error
+from pipeline.fetch import img2dataset
+from pipeline.fetch.img2dataset import RETRYABLE, FetchRules, fetch_lists, split_error
 
 SECRET = b"\x89PNG secret bytes below nobody's root"
 
@@ -258,7 +258,7 @@ def running_in(folder: Path) -> list[psutil.Process]:
 PARENT = """
 import pickle, sys
 from pathlib import Path
-from pipeline.data.fetch import fetch_lists
+from pipeline.fetch.img2dataset import fetch_lists
 lists, out, rules = pickle.load(sys.stdin.buffer)
 print(list(fetch_lists(lists, out, rules, 2, 2)))
 """
@@ -305,8 +305,8 @@ def leader_in(folder: Path) -> psutil.Process:
 @pytest.mark.slow
 def test_a_worker_that_dies_and_takes_its_shard_along_is_noticed(tmp_path, monkeypatch):
     """The pool waits for ever for a worker that the system killed for its memory."""
-    monkeypatch.setattr(fetch, "STALL_GRACE_S", 15.0)
-    monkeypatch.setattr(fetch, "LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(img2dataset, "STALL_GRACE_S", 15.0)
+    monkeypatch.setattr(img2dataset, "LONGEST_PAUSE_S", 0.0)
 
     def kill_the_worker(request):
         port = request.client_address[1]
@@ -336,17 +336,15 @@ def test_leaving_the_loop_early_ends_img2dataset(tmp_path):
 def test_a_raw_shard_may_be_short_but_neither_longer_than_its_list_nor_broken(tmp_path):
     path = tmp_path / "00000.parquet"
     write_list(path, ["a", "b"])
-    fetch._require_whole(path, 3)
+    img2dataset._require_whole(path, 3)
     with pytest.raises(PipelineError, match="has 2 rows, its list 1"):
-        fetch._require_whole(path, 1)
+        img2dataset._require_whole(path, 1)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(PipelineError, match="broken"):
-        fetch._require_whole(path, 3)
+        img2dataset._require_whole(path, 3)
 
 
 def test_importing_fetch_does_not_import_img2dataset():
-    code = (
-        "import sys, pipeline.data.fetch; print('img2dataset' in sys.modules, 'cv2' in sys.modules)"
-    )
+    code = "import sys, pipeline.fetch.img2dataset; print('img2dataset' in sys.modules, 'cv2' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

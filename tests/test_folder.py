@@ -7,9 +7,9 @@ import pytest
 import worlds
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.folder import write_folder_manifest
-from pipeline.data.manifest import write_lists
-from pipeline.data.policy import local_path
+from pipeline.fetch.folder import write_folder_manifest
+from pipeline.fetch.manifest import write_lists
+from pipeline.fetch.policy import local_path
 
 NAMES = ["a.jpg", "b.PNG", "cats/c d.jpeg", "cats/old/ü#?%41.webp", 'cats/it\'s "x", y.gif']
 

@@ -23,7 +23,7 @@ from finished import STUDENT, distill_config
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import file_digest
-from pipeline.data.manifest import write_lists
+from pipeline.fetch.manifest import write_lists
 from pipeline.models.student import Student
 
 # Images
@@ -83,7 +83,8 @@ IMAGES = {
 
 READ = """
 import pickle, resource, sys, warnings
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg
+from pipeline.data.pixels import NotAnImage
+from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg
 warnings.simplefilter("ignore")
 for name, data in pickle.load(sys.stdin.buffer).items():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -264,8 +265,8 @@ def test_teacher_weights_with_code_in_them_are_refused_and_not_executed(tmp_path
 def test_a_resume_checkpoint_with_code_in_it_is_refused_and_not_executed(tmp_path):
     """data/.work is ours, but a folder that somebody gave us may hold theirs."""
     from pipeline.models.student import Preprocessing
-    from pipeline.training.loop import Trainer
-    from pipeline.training.ranks import Ranks
+    from pipeline.training.distributed import Ranks
+    from pipeline.training.trainer import Trainer
 
     student = Student(StudentConfig(**STUDENT), Preprocessing())
     ranks = Ranks(torch.device("cpu"))

@@ -14,10 +14,10 @@ from PIL import Image
 from pipeline.core.config import DistillConfig, DownloadConfig, EvaluateConfig, SelectConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, digest, read_stamp
-from pipeline.data import ledger
-from pipeline.data.imported import import_embeddings
-from pipeline.evaluation.verify import verify
+from pipeline.data import database
+from pipeline.verify.verify import verify
 from stages.download import download
+from stages.import_embeddings import import_embeddings
 
 IMAGES, SIZE = 40, 16
 TEACHER = {"name": "somebody's"}
@@ -67,7 +67,7 @@ def files(numbers=range(IMAGES)) -> list[str]:
 
 
 def stored(data: Path, what: str = "url, embedding FROM teacher JOIN images USING (image_id)"):
-    return ledger.connect(data).sql(f"SELECT {what} ORDER BY 1").fetchall()
+    return database.connect(data).sql(f"SELECT {what} ORDER BY 1").fetchall()
 
 
 def assert_all_there(data: Path, expected: np.ndarray) -> None:
@@ -275,10 +275,13 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
                 neighbourhood_mask=True, same_norm=True, pool="extra-head", temperature=1.0,
             ),
             "loss": dict(l1=1.0, cosine=0.0, relational=0.0, caption=0.0),
-            "relational_scale": 20.0, "views": 1, "noise": 0.0, "jitter": 1.0, "mixup": 0.0, "smooth_stem": 0,
+            "relational_scale": 20.0, "views": 1, "color_jitter": 0.0,
+            "min_crop_area": 1.0, "mixup": 0.0,
+            "fixed_stem_frequencies": 0,
             "steps": 2, "batch": 8,
             "learning_rate": 0.001, "schedule": "cosine", "warmup": 1, "weight_decay": 0.0,
-            "clip": 1.0, "ema": 0.0, "precision": "float32", "validate_every": 2, "window": 2,
+            "max_grad_norm": 1.0, "ema": 0.0, "precision": "float32", "validate_every": 2,
+            "shuffle_row_groups": 2,
             "seed": 0,
         }
     )  # fmt: skip
@@ -309,5 +312,5 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
     sql = (
         f"SELECT {agreement} FILTER (t.image_id = x.image_id), {agreement} FROM teacher t, texts x"
     )
-    [(own, any_)] = ledger.connect(data).sql(sql).fetchall()
+    [(own, any_)] = database.connect(data).sql(sql).fetchall()
     assert own > any_ + 0.05  # a caption lies nearer to its own photo

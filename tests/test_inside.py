@@ -8,7 +8,7 @@ import students
 import torch
 
 from pipeline.core.errors import PipelineError
-from pipeline.models.inside import (
+from pipeline.models.attention import (
     attention_rollout,
     filter_components,
     linear_probe,

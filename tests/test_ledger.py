@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.answers import FORMATS, print_answer
-from pipeline.data.ledger import TABLES, ask, connect
+from pipeline.data.database import TABLES, ask, connect
+from pipeline.explore.query import FORMATS, print_answer
 
 SECRET = "the secret"
 

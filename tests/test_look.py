@@ -8,10 +8,10 @@ import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
-from pipeline.evaluation.figures import overlay
-from pipeline.evaluation.look import MOST, look, look_figure
-from pipeline.evaluation.patches import agreement, entropy, in_shares, on_grid, student_view
-from pipeline.evaluation.queries import Queries, read_image
+from pipeline.explore.look import MOST, look, look_figure
+from pipeline.explore.plots import overlay
+from pipeline.explore.query_vectors import Queries, read_image
+from pipeline.models.patches import agreement, entropy, in_shares, on_grid, student_view
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_look_with_the_teacher_has_all_panels(queries, photo, tmp_path):
 
 def test_the_teachers_attention_is_what_its_last_block_computes(queries, photo):
     """Recomputed from the block's own projections, for a tower of one block."""
-    from pipeline.evaluation.teacher_patches import teacher_view
+    from pipeline.models.teacher_patches import teacher_view
 
     teacher = queries.teacher
     pixels = queries.view(read_image(queries.data, photo), teacher.image_size)
@@ -87,7 +87,7 @@ def test_the_teachers_attention_is_what_its_last_block_computes(queries, photo):
 
 
 def test_the_teachers_whole_image_is_its_embedding(queries, photo):
-    from pipeline.evaluation.teacher_patches import teacher_view
+    from pipeline.models.teacher_patches import teacher_view
 
     pixels = queries.view(read_image(queries.data, photo), queries.teacher.image_size)
     direct = queries.teacher.embed_images(pixels[None])[0]
@@ -120,7 +120,7 @@ def test_one_odd_patch_does_not_flatten_the_maps(queries, photo, tmp_path, monke
     seen.student.patches[0, 0] = -seen.student.patches[0, 0]
     scales = []
     monkeypatch.setattr(
-        "pipeline.evaluation.look.figures.colour_bar", lambda *a, **_: scales.append(a[2:4])
+        "pipeline.explore.look.figures.colour_bar", lambda *a, **_: scales.append(a[2:4])
     )
     look_figure(seen, tmp_path / "look.png")
     views = seen.student.patches, seen.teacher.patches

@@ -13,10 +13,10 @@ from pipeline.core.errors import PipelineError
 from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
 from pipeline.training.batches import Batch, Epochs, Rows, batches_of, training_batches
-from pipeline.training.loop import Trainer
-from pipeline.training.ranks import Ranks
+from pipeline.training.distributed import Ranks
+from pipeline.training.trainer import Trainer
 
-EVERYTHING = {"mixup": 1.0, "jitter": 0.5, "smooth_stem": 4}
+EVERYTHING = {"mixup": 1.0, "min_crop_area": 0.5, "fixed_stem_frequencies": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,13 @@ def trainer(config) -> Trainer:
 def train(found: Trainer, data, stop: int) -> list[float]:
     """Steps from where a trainer stands to stop; returns the losses."""
     config = found.config
-    rows = Rows(data, "train", 32, "bicubic", views=2, captions=True, window=config.window)
-    epochs = Epochs(rows, config.seed, config.batch, config.window)
-    steps = training_batches(epochs, found.step, stop, workers=1, jitter=config.jitter)
+    rows = Rows(
+        data, "train", 32, "bicubic", views=2, captions=True, window=config.shuffle_row_groups
+    )
+    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
+    steps = training_batches(
+        epochs, found.step, stop, workers=1, min_crop_area=config.min_crop_area
+    )
     return [found.train_step(batch)["loss"] for batch in steps]
 
 
@@ -103,7 +107,9 @@ def test_a_torn_checkpoint_is_refused_by_name(data, tmp_path):
 
 def test_a_student_learns_the_targets_of_a_batch_that_it_sees_again_and_again():
     loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0}
-    config = stored.distill_config(loss=loss, steps=200, noise=0.0, learning_rate=0.01, ema=0.0)
+    config = stored.distill_config(
+        loss=loss, steps=200, color_jitter=0.0, learning_rate=0.01, ema=0.0
+    )
     found, same = trainer(config), batch(8)
     losses = [found.train_step(same)["loss"] for _ in range(200)]
     assert losses[-1] < losses[0] / 4
@@ -206,17 +212,17 @@ def test_smooth_filters_hold_no_frequency_above_their_count():
     assert spectrum[high].max() < 1e-4 < 1e-2 < spectrum[~high].min()
 
 
-def test_a_smooth_stem_stays_as_it_is_and_a_learned_one_does_not(data):
+def test_a_fixed_stem_frequencies_stays_as_it_is_and_a_learned_one_does_not(data):
     for count in (0, 4):
-        found = trainer(stored.distill_config(smooth_stem=count))
+        found = trainer(stored.distill_config(fixed_stem_frequencies=count))
         before = found.student.conv1.weight.clone()
         train(found, data, 3)
         assert torch.equal(found.student.conv1.weight, before) == bool(count)
 
 
 def test_a_stem_of_more_frequencies_than_a_patch_has_is_refused():
-    with pytest.raises(ValueError, match="smooth_stem 9 is more than"):
-        stored.distill_config(smooth_stem=9)
+    with pytest.raises(ValueError, match="fixed_stem_frequencies 9 is more than"):
+        stored.distill_config(fixed_stem_frequencies=9)
 
 
 def test_a_resume_with_other_parameters_starts_afresh(small_world, tmp_path, monkeypatch):

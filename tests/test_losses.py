@@ -139,17 +139,19 @@ import sys, numpy as np, torch, stored
 from pathlib import Path
 from pipeline.models.student import Student
 from pipeline.training.batches import Epochs, Rows, training_batches
-from pipeline.training.loop import Trainer
-from pipeline.training.ranks import Ranks
+from pipeline.training.trainer import Trainer
+from pipeline.training.distributed import Ranks
 
 data, out = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 ranks = Ranks(torch.device("cpu"))
 loss = {"l1": 1.0, "cosine": 0.5, "relational": 0.5, "caption": 0.3}
-config = stored.distill_config(loss=loss, mixup=1.0, jitter=0.5, smooth_stem=4, clip=1e9)
+config = stored.distill_config(
+    loss=loss, mixup=1.0, min_crop_area=0.5, fixed_stem_frequencies=4, max_grad_norm=1e9
+)
 rows = Rows(data, "train", 32, "bicubic", views=2, captions=True, window=2)
 steps = training_batches(
-    Epochs(rows, 0, 8, 2), 0, 1, workers=1, rank=ranks.rank, ranks=ranks.size, jitter=0.5
+    Epochs(rows, 0, 8, 2), 0, 1, workers=1, rank=ranks.rank, ranks=ranks.size, min_crop_area=0.5
 )
 torch.manual_seed(0)
 mean = np.full(stored.SIZE, 0.01, np.float32)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.manifest import image_id, write_lists
+from pipeline.fetch.manifest import image_id, write_lists
 
 BUCKETS = 4
 BOX = {"text": "a cat", "x0": 1.0, "y0": 2.0, "x1": 30.0, "y1": 40.0}

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode
+from pipeline.data.pixels import NotAnImage, decode
+from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg
 
 RED, BLUE, GREEN, YELLOW = (230, 20, 20), (20, 20, 230), (20, 200, 20), (230, 230, 20)
 ALLOWED = 10_000_000  # px

@@ -14,9 +14,9 @@ import server as web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import opener as opener_module
-from pipeline.data.opener import Opener, retry_after
-from pipeline.data.policy import (
+from pipeline.fetch import http as opener_module
+from pipeline.fetch.http import Opener, retry_after
+from pipeline.fetch.policy import (
     RETRYABLE,
     FetchError,
     FetchRules,
@@ -27,7 +27,7 @@ from pipeline.data.policy import (
     read_local,
     split_error,
 )
-from pipeline.data.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
+from pipeline.fetch.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
 
 US = frozenset({"extrahead", "img2dataset"})
 

@@ -20,7 +20,7 @@ import worlds
 from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
 from pipeline.core.provenance import command
-from pipeline.data.audit import ROOMS
+from pipeline.verify.files import ROOMS
 
 LIBC = ctypes.CDLL(None)
 DAC_OVERRIDE, DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24

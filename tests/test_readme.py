@@ -52,7 +52,7 @@ def test_every_column_of_embeddings_is_in_the_dictionary(size):
 
 
 def test_every_status_is_explained():
-    from pipeline.data.policy import STATUSES
+    from pipeline.fetch.policy import STATUSES
 
     assert all(
         f"`{status}`" in README for status in {*STATUSES, "ok", "duplicate_url", "empty_url"}

@@ -16,11 +16,11 @@ STEPS = 50
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """ViT-B-32-quickgelu with random weights, as safetensors: the published weights' size."""
-    from pipeline.models import torchvision_guard  # noqa: F401
 
-    import open_clip  # isort: skip
     import torch
     from safetensors.torch import save_file
+
+    from pipeline.models.open_clip import open_clip
 
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False)

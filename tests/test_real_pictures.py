@@ -12,8 +12,8 @@ import pytest
 from checkout import ROOT
 from PIL import Image
 
-from pipeline.data.targets import text_vectors
-from pipeline.evaluation.search import Collection
+from pipeline.data.embeddings import text_vectors
+from pipeline.explore.search import Collection
 
 pytestmark = pytest.mark.slow
 

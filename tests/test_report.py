@@ -17,13 +17,13 @@ import seeing
 from PIL import Image
 
 from pipeline.core.provenance import read_stamp
-from pipeline.data import ledger
+from pipeline.data import database
 from pipeline.data.runs import append_run
-from pipeline.evaluation import charts
-from pipeline.evaluation.inspection import Tile
-from pipeline.evaluation.queries import Queries
-from pipeline.evaluation.report import report, write_report
-from pipeline.evaluation.throughput import finished_runs, throughput
+from pipeline.explore import report_charts
+from pipeline.explore.panels import Tile
+from pipeline.explore.query_vectors import Queries
+from pipeline.explore.report import report, write_report
+from pipeline.explore.throughput import finished_runs, throughput
 from pipeline.models.student import Student
 
 
@@ -78,7 +78,7 @@ def page(file) -> Page:
 
 def test_every_status_and_every_reason_of_the_data_is_counted(page, data):
     cells = re.sub(r"\s+", " ", page.text)
-    connection = ledger.connect(data)
+    connection = database.connect(data)
     statuses = connection.execute("SELECT status, count(*) FROM images GROUP BY status").fetchall()
     assert len(statuses) >= 3  # good ones, failures, a repeated url
     reasons = connection.execute(
@@ -145,7 +145,7 @@ def test_a_prompt_that_was_never_embedded_says_so(page):
 
 
 def test_the_search_shows_the_best_image_of_each_side(page, write, data):
-    from pipeline.evaluation.search import search
+    from pipeline.explore.search import search
 
     hits = search(data, Queries(data).text("a red circle"), 1)
     for by, (hit,) in (("student", hits.student), ("teacher", hits.teacher)):
@@ -164,14 +164,14 @@ def test_captions_of_strangers_stay_text(write, tmp_path, monkeypatch):
     evil = "<script>alert(1)</script>\"'>"
     tile = Tile("data:image/png;base64,", f"{evil} 1", evil)
     groups = [{"title": evil, "tiles": [tile]}]
-    monkeypatch.setattr("pipeline.evaluation.inspection.patch_groups", lambda *_: groups)
+    monkeypatch.setattr("pipeline.explore.panels.patch_groups", lambda *_: groups)
     write(tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html and "&lt;script&gt;" in html
 
 
 def test_the_report_command_adds_the_teachers_attention_and_throughput(data, small_world, tmp_path):
-    from pipeline.evaluation.teacher_patches import row_viewer
+    from pipeline.models.teacher_patches import row_viewer
 
     teacher = Queries(data, small_world.card).teacher
     out = tmp_path / "report.html"
@@ -230,7 +230,7 @@ def test_a_curve_is_drawn_from_the_log(page):
 
 def test_a_mosaic_keeps_every_tile():
     tiles = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)
-    sheet = charts.mosaic(tiles, 2)
+    sheet = report_charts.mosaic(tiles, 2)
     assert sheet.shape == (8, 7, 3)
     assert sheet[0, 0, 0] == 0 and sheet[0, 4, 0] == 1 and sheet[3, 0, 0] == 2
     assert sheet[6, 4, 0] == 255  # no sixth tile

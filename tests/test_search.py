@@ -13,8 +13,8 @@ import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
-from pipeline.evaluation.queries import Queries
-from pipeline.evaluation.search import (
+from pipeline.explore.query_vectors import Queries
+from pipeline.explore.search import (
     Collection,
     Hit,
     Hits,
@@ -255,7 +255,7 @@ def test_looking_downloads_no_weights(imported):
     from pathlib import Path
     asked = []
     sys.addaudithook(lambda event, found: event.startswith("socket.") and asked.append((event, found)))
-    from pipeline.evaluation.queries import Queries
+    from pipeline.explore.query_vectors import Queries
     queries = Queries(Path(sys.argv[1]), Path(sys.argv[2]))
     assert queries.teacher is None
     assert not [event for event in asked if "connect" in event[0] or "getaddr" in event[0]], asked

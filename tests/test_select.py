@@ -12,7 +12,7 @@ import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp
-from pipeline.data import ledger, shards
+from pipeline.data import database, shards
 from stages.select import QUERY, select
 
 GOOD = 60
@@ -26,7 +26,7 @@ def data(small_world, tmp_path) -> Path:
 def run(data: Path, **changes) -> dict[str, dict]:
     """Rows of the selection by the name of the image's file."""
     select(worlds.select_config(**changes), data)
-    names = dict(ledger.ask(data, "SELECT image_id, url FROM images").fetchall())
+    names = dict(database.ask(data, "SELECT image_id, url FROM images").fetchall())
     rows = pq.read_table(data / "selection/selection.parquet").to_pylist()
     assert len(rows) == len({row["image_id"] for row in rows}) == len(set(names))
     assert [row["image_id"] for row in rows] == sorted(names)
@@ -117,7 +117,7 @@ def vectors(data: Path) -> tuple[list[str], np.ndarray]:
 def test_near_duplicates_share_a_split_and_one_of_them_is_kept(data):
     """The threshold lies between the pictures that were compressed twice and all other pairs."""
     ids, matrix = vectors(data)
-    names = dict(ledger.ask(data, "SELECT image_id, url FROM images").fetchall())
+    names = dict(database.ask(data, "SELECT image_id, url FROM images").fetchall())
     number = [int(names[key][5:-4]) for key in ids]
     cosines = matrix @ matrix.T
     pairs = {(a, b): cosines[i, j] for i, a in enumerate(number) for j, b in enumerate(number)}
@@ -156,7 +156,7 @@ def test_where_may_ask_how_well_caption_and_image_agree(data):
         JOIN teacher USING (image_id) JOIN texts USING (image_id)
         WHERE view = 0 AND status = 'ok' GROUP BY url
     """
-    agreement = {url[5:]: value for url, value in ledger.ask(data, sql).fetchall()}
+    agreement = {url[5:]: value for url, value in database.ask(data, sql).fetchall()}
     median = float(np.median(list(agreement.values())))
     found = run(data, where=f"caption_similarity > {median!r}")
     kept_out = {name for name, row in found.items() if row["reason"] == "where"}

@@ -20,9 +20,9 @@ from pipeline.core.errors import PipelineError
 pytest.importorskip("fastapi", reason="needs the extra web")
 pytest.importorskip("uvicorn", reason="needs the extra web")
 
-from pipeline.evaluation.queries import Queries
-from pipeline.evaluation.search import search
-from pipeline.evaluation.serve import LOCAL, listen, make_app, make_server, serve
+from pipeline.explore.query_vectors import Queries
+from pipeline.explore.search import search
+from pipeline.explore.serve import LOCAL, listen, make_app, make_server, serve
 
 
 @pytest.fixture(scope="module")

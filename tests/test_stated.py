@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.imported import CLIP_PREPROCESSING
 from pipeline.models.card import TeacherCard, read_card
-from pipeline.models.stated import stated_preprocessing
+from pipeline.models.stated_preprocessing import stated_preprocessing
 from pipeline.models.teacher import Teacher
+from stages.import_embeddings import CLIP_PREPROCESSING
 
 
 def card(model: str, pretrained: str | None) -> TeacherCard:

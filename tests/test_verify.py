@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import STAMP_FILE, content, digest, file_digest
-from pipeline.data import audit, shards
-from pipeline.evaluation.verify import findings_text, verify
+from pipeline.data import shards
+from pipeline.verify import files
+from pipeline.verify.verify import findings_text, verify
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_an_edit_that_no_file_contradicts_is_noticed(data):
     stamp = json.loads(path.read_text())
     stamp["summary"]["measured"] = 0.99
     path.unlink()
-    path.write_text(audit.canonical(stamp))
+    path.write_text(files.canonical(stamp))
     (finding,) = (f for f in verify(data) if f.place == f"teacher/{STAMP_FILE}")
     assert "its own digest" in finding.found
 
@@ -179,7 +180,7 @@ def forge(data: Path, name: str, change) -> None:
 
 def restamp(data: Path) -> None:
     stamps = {}
-    for room in audit.ROOMS:
+    for room in files.ROOMS:
         stamp = json.loads((data / room / STAMP_FILE).read_text())
         for name in stamp["files"]:
             path = data / room / name
@@ -187,7 +188,7 @@ def restamp(data: Path) -> None:
                 source = data / "images" / path.name
                 rebase(path, "input", file_digest(source))
             stamp["files"][name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
-        for source in audit.INPUTS.get(room, ()):
+        for source in files.INPUTS.get(room, ()):
             stamp["recipe"][source] = content(stamps[source])
         stamp["stamp"] = digest(stamp["recipe"])
         recount(data, room, stamp["summary"])
@@ -536,7 +537,7 @@ def test_recomputing_needs_the_very_teacher(finished_world, tmp_path):
 
 
 def test_imported_embeddings_without_some_images_keep_their_own_promise(small_world, tmp_path):
-    from pipeline.data.imported import import_embeddings
+    from stages.import_embeddings import import_embeddings
     from stages.select import select
 
     data = tmp_path / "data"

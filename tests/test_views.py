@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from pipeline.data.pixels import canonical_jpeg, decode
+from pipeline.data.pixels import decode
 from pipeline.data.views import canonical_view, random_view, view_pixels
+from pipeline.fetch.decoding import canonical_jpeg
 
 sides = st.integers(1, 5000)
 contents = st.integers(0, 10**9).map(lambda i: hashlib.sha256(str(i).encode()).hexdigest())
@@ -119,9 +120,8 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def assert_clips_own_view(jpg: bytes, size: int) -> None:
-    from pipeline.models import torchvision_guard  # noqa: F401
 
-    import open_clip.transform  # isort: skip
+    from pipeline.models.open_clip import open_clip
 
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic"}
     transform = open_clip.transform.image_transform(

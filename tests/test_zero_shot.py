@@ -10,9 +10,9 @@ import seeing
 import worlds
 
 from pipeline.core.provenance import read_stamp
-from pipeline.data import ledger, shards
-from pipeline.evaluation.table import figures_table
+from pipeline.data import database, shards
 from pipeline.evaluation.zero_shot import zero_shot_figures
+from pipeline.explore.metrics_table import figures_table
 
 TEMPLATES = ["a {}", "a photo of a {}"]
 FRUIT, BREAD = np.eye(3, dtype=np.float16)[:2]
@@ -81,7 +81,7 @@ def test_the_evaluation_measures_it_with_the_repositorys_templates(small_world, 
     data = seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
     found = read_stamp(data / "evaluation", "evaluate")["summary"]["zero_shot"]
     split = dict(
-        ledger.connect(data)
+        database.connect(data)
         .execute(
             "SELECT label, count(*) FROM images JOIN selection USING (image_id) "
             "WHERE status = 'ok' AND keep AND split = 'test' GROUP BY label"
@@ -118,6 +118,6 @@ def test_real_photos_with_ten_labels_go_from_manifest_to_figure(shared, tiny_tea
     assert found["classes"] == len(set(labels.values())) == 10
     assert found["images"] == figures["images"] > 40
     sql = "SELECT url FROM images JOIN selection USING (image_id) WHERE keep AND split = 'test'"
-    urls = ledger.connect(data).execute(sql).fetchall()
+    urls = database.connect(data).execute(sql).fetchall()
     counts = Counter(labels[url.removeprefix("file:")] for (url,) in urls)
     assert found["accuracy"]["floor"] == max(counts.values()) / found["images"]

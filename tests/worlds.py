@@ -87,9 +87,7 @@ def write_teacher(folder: Path, seed: int = 0, context: int = 16) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.models import torchvision_guard  # noqa: F401
-
-    import open_clip  # isort: skip
+    from pipeline.models.open_clip import open_clip
 
     model = {
         "embed_dim": EMBEDDING_SIZE,

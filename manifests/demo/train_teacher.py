@@ -34,8 +34,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
-from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
-
 from open_clip import CLIP, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer  # isort: skip
 
 HERE = Path(__file__).parent

@@ -143,28 +143,30 @@ class DistillConfig(Strict):
     loss: LossWeights
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
-    noise: Fraction  # photometric noise for the student alone: brightness and contrast
-    jitter: Annotated[float, Field(gt=0, le=1)]  # least share of a view shown; 1 = all of it
+    color_jitter: Fraction  # photometric noise for the student alone: brightness and contrast
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # least share of a view shown; 1 = all of it
     mixup: Weight  # Beta parameter of overlaying pairs of images and targets; 0 = off
-    smooth_stem: Count  # lowest frequencies of a fixed patch projection; 0 = it is learned
+    fixed_stem_frequencies: (
+        Count  # lowest frequencies of a fixed patch projection; 0 = it is learned
+    )
     steps: Positive
     batch: Positive  # images a step, over all ranks
     learning_rate: PositiveFloat
     schedule: Literal["cosine", "plateau"]
     warmup: Count  # steps
     weight_decay: Weight
-    clip: PositiveFloat  # norm of the gradient
+    max_grad_norm: PositiveFloat  # norm of the gradient
     ema: Annotated[float, Field(ge=0, lt=1)]  # decay of the averaged weights; 0 = off
     precision: Literal["bfloat16", "float32"]  # of the matrix products
     validate_every: Positive  # steps; also when a checkpoint is written
-    window: Positive  # row groups that are shuffled together
+    shuffle_row_groups: Positive  # row groups that are shuffled together
     seed: Seed
 
     @model_validator(mode="after")
     def _the_stem_fits_a_patch(self):
-        if self.smooth_stem > self.student.patch_size:
+        if self.fixed_stem_frequencies > self.student.patch_size:
             raise ValueError(
-                f"smooth_stem {self.smooth_stem} is more than student.patch_size "
+                f"fixed_stem_frequencies {self.fixed_stem_frequencies} is more than student.patch_size "
                 f"{self.student.patch_size}: a patch has no more frequencies"
             )
         return self
@@ -185,6 +187,15 @@ SECTIONS: dict[str, type[Strict]] = {
     "select": SelectConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
+}
+
+
+RENAMED = {  # keys of older parameter files, and what they are called now
+    "distill.noise": "distill.color_jitter",
+    "distill.jitter": "distill.min_crop_area",
+    "distill.clip": "distill.max_grad_norm",
+    "distill.window": "distill.shuffle_row_groups",
+    "distill.smooth_stem": "distill.fixed_stem_frequencies",
 }
 
 
@@ -239,6 +250,8 @@ def _sentence(section: str, error: dict) -> str:
     match error["type"]:
         case "missing":
             return f"{key}: missing. `pipeline init` writes every key with a comment."
+        case "extra_forbidden" if key in RENAMED:
+            return f"{key}: this key is now called {RENAMED[key]}; rename it."
         case "extra_forbidden":
             siblings = SECTIONS[section]
             for part in error["loc"][:-1]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.data import ledger
-from pipeline.data.targets import text_vectors
+from pipeline.data import database
+from pipeline.data.embeddings import text_vectors
 from pipeline.evaluation import metrics
 from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
@@ -30,7 +30,7 @@ def pointing_figures(
     Each beside the boxes' area share (what a random patch gets) as floor, and pointing beside
     always answering the centre. The boxes' texts were embedded by the teacher's text tower.
     """
-    connection = ledger.connect(data)
+    connection = database.connect(data)
     boxes = dict(connection.execute(BOXES).fetchall())
     if not boxes:
         return {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.targets import labels_of, text_vectors
+from pipeline.data.embeddings import labels_of, text_vectors
 from pipeline.data.texts import class_prompts, labels
 from pipeline.evaluation import metrics
 

@@ -10,10 +10,8 @@ import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import digest, libraries
-from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
 from pipeline.models.card import TeacherCard, check_weights, read_card, weights_file
-
-import open_clip  # isort: skip
+from pipeline.models.open_clip import open_clip
 
 VERSION = 1  # raise it when a change here changes an embedding
 GOLDEN_TEXT = "a photo of a cat"

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.threads import ahead
-from pipeline.data import ledger
+from pipeline.data import database
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.shards import embedding_matrix, open_shard, read_shard
 from pipeline.data.views import view_pixels
@@ -75,7 +75,7 @@ class Rows:
         self._groups_read: OrderedDict = OrderedDict()
         self._most_groups = 2 * window  # one window in use, one read ahead
         pattern = str(data.resolve() / "images/*.parquet")
-        found = ledger.connect(data).execute(INDEX, [pattern, split]).fetchnumpy()
+        found = database.connect(data).execute(INDEX, [pattern, split]).fetchnumpy()
         if not len(found["row"]):
             raise PipelineError(
                 f"data/selection keeps no image for {split}. Change select.where, val or test in "
@@ -225,11 +225,11 @@ def training_batches(
     workers: int,
     rank: int = 0,
     ranks: int = 1,
-    jitter: float = 1.0,
+    min_crop_area: float = 1.0,
 ) -> Iterator[Batch]:
     """Steps start..stop of a run; this rank's share of each, the same rows for any workers.
 
-    jitter: least share of a view's area that is shown, as a function of seed, epoch and row.
+    min_crop_area: least share of a view's area that is shown, as a function of seed, epoch and row.
     """
     share = epochs.batch // ranks
 
@@ -239,8 +239,8 @@ def training_batches(
             numbers = epochs.row_numbers(place)[rank * share : (rank + 1) * share]
             for position, row in enumerate(numbers, rank * share):
                 found = epochs.rows.read(int(row), place.epoch, epochs.seed)
-                if jitter < 1:
-                    found |= _glimpse(found, jitter, epochs.seed, place.epoch, int(row))
+                if min_crop_area < 1:
+                    found |= _glimpse(found, min_crop_area, epochs.seed, place.epoch, int(row))
                 yield position, found
 
     yield from _collected(epochs.rows, wanted(), share, workers)

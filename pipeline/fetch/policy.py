@@ -1,7 +1,7 @@
 """What may be fetched: pure rules over URLs, addresses and paths, all of them written by strangers.
 
 http and https to public addresses, and files below one root; private hosts only where the user
-names them. `pipeline.data.opener` asks these rules before every request, redirects included.
+names them. `pipeline.fetch.http` asks these rules before every request, redirects included.
 """
 
 import ipaddress

@@ -6,8 +6,8 @@ import json
 from functools import partial
 from pathlib import Path
 
-from pipeline.data import ledger
-from pipeline.evaluation import charts
+from pipeline.data import database
+from pipeline.explore import report_charts
 
 OURS = "extra-head"  # other ways to pool are the baselines
 
@@ -16,7 +16,7 @@ def finished_runs(data: Path) -> list[dict]:
     """Evaluations and teacher's runs that saw images, the oldest first, as {series, what, stamp,
     device, images_per_second, cosine}. The teacher's cosine to itself is 1.
     """
-    return [_run(*row) for row in ledger.connect(data).execute(RUNS).fetchall()]
+    return [_run(*row) for row in database.connect(data).execute(RUNS).fetchall()]
 
 
 def _run(stage: str, stamp: str, device: str, speed: float, recipe: str, metrics: str) -> dict:
@@ -49,8 +49,8 @@ def throughput(runs: list[dict], floor: float) -> dict | None:
         for speed, cosine in [max(points, key=lambda point: point[1])]
     )
     alt = f"The best of each: {best}. Always answering the mean embedding: {floor:.3f}."
-    draw = partial(charts.speed_chart, series, floor)
-    return {"rows": runs, "alt": alt} | charts.in_both_lights(draw)
+    draw = partial(report_charts.speed_chart, series, floor)
+    return {"rows": runs, "alt": alt} | report_charts.in_both_lights(draw)
 
 
 RUNS = """

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from pipeline.data import ledger
+from pipeline.data import database
+from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
-from pipeline.data.targets import text_vectors
 from pipeline.data.views import view_pixels
-from pipeline.evaluation import charts, figures
-from pipeline.evaluation.patches import PatchView, agreement, entropy, in_shares, student_view
-from pipeline.models import inside
+from pipeline.explore import plots, report_charts
+from pipeline.models import attention
+from pipeline.models.patches import PatchView, agreement, entropy, in_shares, student_view
 from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
 
@@ -54,7 +54,7 @@ def patch_groups(
         caption, texts = _texts_of(data, row["image_id"])
         tiles = [
             Tile(
-                figures.data_uri(figures.thumbnail(image, SIDE)),
+                plots.data_uri(plots.thumbnail(image, SIDE)),
                 f"Held-out image {number + 1}: {caption or 'no caption'}",
                 "image",
             ),
@@ -70,7 +70,7 @@ def patch_groups(
 
 def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
     """An image's caption, and its box texts or else captions, as (text, vector, box or None)."""
-    caption, boxes = ledger.connect(data).execute(BOXES, [image_id]).fetchone()
+    caption, boxes = database.connect(data).execute(BOXES, [image_id]).fetchone()
     boxes = {box["text"]: box for box in boxes or []}
     names = list(boxes)
     texts, _, vectors = text_vectors(
@@ -87,7 +87,7 @@ def _weights_tile(image: np.ndarray, weights: np.ndarray, name: str) -> Tile:
     numbers = f"entropy {entropy(weights):.2f} of {np.log2(weights.size):.2f} bits"
     y, x = np.unravel_index(weights.argmax(), weights.shape)
     return Tile(
-        figures.data_uri(figures.tile(figures.overlay(image, shares, 0, max(2, shares.max())))),
+        plots.data_uri(plots.tile(plots.overlay(image, shares, 0, max(2, shares.max())))),
         f"{name.capitalize()} over the image: {numbers}; the largest, in row {y + 1}, column "
         f"{x + 1}, is {shares.max():.2f} times the equal share.",
         f"{name}, {numbers}",
@@ -96,10 +96,10 @@ def _weights_tile(image: np.ndarray, weights: np.ndarray, name: str) -> Tile:
 
 def _text_tile(image: np.ndarray, cosines: np.ndarray, text: str, box, view) -> Tile:
     low, high = cosines.min(), cosines.max()
-    drawn = _boxed(figures.overlay(image, cosines, low, high), box, view)
+    drawn = _boxed(plots.overlay(image, cosines, low, high), box, view)
     y, x = np.unravel_index(cosines.argmax(), cosines.shape)
     return Tile(
-        figures.data_uri(figures.tile(drawn)),
+        plots.data_uri(plots.tile(drawn)),
         f"Cosine of each patch to the text {text!r}: {low:.3f} to {high:.3f}, highest in row "
         f"{y + 1}, column {x + 1} of {len(cosines)}.",
         f"{text}: {low:.2f} to {high:.2f}",
@@ -131,7 +131,7 @@ def inside_views(student: Student, rows: Rows) -> tuple[list[dict], list[dict]]:
     batch = next(batches_of(rows, range(min(PASSED, len(rows))), PASSED, workers=1))
     device = student.mean.device
     pixels = student.normalise(torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2))
-    found = inside.look_inside(student, pixels)
+    found = attention.look_inside(student, pixels)
     with torch.inference_mode():
         weights = student.outputs(pixels).patch_weights
     parts = [_distances(student, found), _norms(student, found)]
@@ -144,7 +144,7 @@ def inside_views(student: Student, rows: Rows) -> tuple[list[dict], list[dict]]:
 
 
 def _distances(student: Student, found) -> dict:
-    distances = inside.mean_attention_distance(found.attention, student.config.patch_size)
+    distances = attention.mean_attention_distance(found.attention, student.config.patch_size)
     layers = distances.cpu().numpy()  # (L, H)
     means = ", ".join(f"{value:.0f}" for value in layers.mean(axis=1))
     return {
@@ -152,12 +152,12 @@ def _distances(student: Student, found) -> dict:
         "text": "Distance in px between a patch and what it attends to, a dot per head"
         + (", within the 3 x 3 neighbourhood." if student.config.neighbourhood_mask else "."),
         "alt": f"Mean attention distance by layer, in px: {means}.",
-    } | charts.in_both_lights(partial(charts.distance_chart, layers))
+    } | report_charts.in_both_lights(partial(report_charts.distance_chart, layers))
 
 
 def _norms(student: Student, found) -> dict:
-    norms = inside.patch_norms(student, found.tokens[-1]).cpu()
-    share = inside.outlier_share(norms, OUTLIER)
+    norms = attention.patch_norms(student, found.tokens[-1]).cpu()
+    share = attention.outlier_share(norms, OUTLIER)
     values, limit = norms.flatten().numpy(), float(OUTLIER * norms.median())
     return {
         "title": "Patches that are too long",
@@ -165,12 +165,12 @@ def _norms(student: Student, found) -> dict:
         f"{OUTLIER:g} times the median (dashed) a patch counts as an artefact: {share:.2%} are.",
         "alt": f"Histogram of patch lengths: median {norms.median():.2f}, longest "
         f"{norms.max():.2f}, {share:.2%} beyond {OUTLIER:g} times the median.",
-    } | charts.in_both_lights(partial(charts.histogram, values, "length", limit))
+    } | report_charts.in_both_lights(partial(report_charts.histogram, values, "length", limit))
 
 
 def _rollout(student: Student, found, weights: torch.Tensor, pixels: np.ndarray) -> dict:
     """Where the embedding stems from: the pooled patches' attention, followed to the first layer."""
-    rollout, count = inside.attention_rollout(found.attention), student.class_tokens
+    rollout, count = attention.attention_rollout(found.attention), student.class_tokens
     pooled = weights[:, None] @ rollout[:, count:, count:]  # (B, 1, N)
     if count:
         pooled = rollout[:, :count, count:].mean(dim=1, keepdim=True)
@@ -188,21 +188,21 @@ def _rollout(student: Student, found, weights: torch.Tensor, pixels: np.ndarray)
 
 
 def _positions(student: Student) -> dict:
-    similar = inside.position_similarity(student).cpu().numpy()  # (g, g, g, g)
+    similar = attention.position_similarity(student).cpu().numpy()  # (g, g, g, g)
     grid = len(similar)
     flat = similar.reshape(grid * grid, grid * grid)
     others = flat[~np.eye(len(flat), dtype=bool)]
     low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-    tiles = charts.coloured(flat.reshape(-1, grid, grid), low, high)
+    tiles = report_charts.coloured(flat.reshape(-1, grid, grid), low, high)
     beside = similar[np.arange(grid - 1), 0, np.arange(1, grid), 0].mean() if grid > 1 else 1.0
-    sheet = charts.mosaic(tiles, grid)
+    sheet = report_charts.mosaic(tiles, grid)
     numbers = f"cosines {low:.2f} to {high:.2f}, of places next to each other {beside:.2f}"
     return {
         "title": "Positions",
         "text": "Cosine of each place's position embedding to all others: a small map per place.",
         "tiles": [
             Tile(
-                figures.data_uri(figures.tile(sheet, 2 * SIDE)),
+                plots.data_uri(plots.tile(sheet, 2 * SIDE)),
                 f"Similarity of position embeddings on a grid of {grid} by {grid}: {numbers}.",
                 numbers,
             )
@@ -212,11 +212,11 @@ def _positions(student: Student) -> dict:
 
 def _filters(student: Student) -> dict:
     count = min(FILTERS, *student.conv1.weight.flatten(1).shape)
-    components, shares = inside.filter_components(student, count)
+    components, shares = attention.filter_components(student, count)
     found = components.cpu().numpy().transpose(0, 2, 3, 1)  # (count, p, p, 3)
     most = np.abs(found).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
     tiles = (127.5 + 127.5 * found / most).round().astype(np.uint8)
-    sheet = Image.fromarray(charts.mosaic(tiles, 7))
+    sheet = Image.fromarray(report_charts.mosaic(tiles, 7))
     scale = max(1, round(2 * SIDE / sheet.width))
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
     numbers = f"the first {count} components hold {float(shares.sum()):.1%} of the variance"
@@ -225,7 +225,7 @@ def _filters(student: Student) -> dict:
         "text": "Principal components of the patch projection, in the order of their share.",
         "tiles": [
             Tile(
-                figures.data_uri(figures.tile(np.asarray(sheet))),
+                plots.data_uri(plots.tile(np.asarray(sheet))),
                 f"Patch filters: {numbers}, the first one {float(shares[0]):.1%}.",
                 numbers,
             )

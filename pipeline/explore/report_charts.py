@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.evaluation import figures
+from pipeline.explore import plots
 
 WIDTH, HEIGHT = 4.6, 2.7  # inches: readable on a phone at full width
 
 
 def in_both_lights(draw: Callable[[bool], bytes]) -> dict[str, str]:
     """One chart as data URIs for a light and for a dark page; draw: gets dark, returns a PNG."""
-    return {"light": figures.data_uri(draw(False)), "dark": figures.data_uri(draw(True))}
+    return {"light": plots.data_uri(draw(False)), "dark": plots.data_uri(draw(True))}
 
 
 def training_curve(
     steps: dict[str, Sequence[float]], values: dict[str, Sequence[float]], label: str, dark: bool
 ) -> bytes:
     """Lines over training steps: {name: steps}, {name: values}; a name with floor in it is dashed."""
-    with figures.style(dark) as colours:
+    with plots.style(dark) as colours:
         figure, ax = _chart()
         for name, line in values.items():
             floor = "floor" in name
@@ -32,13 +32,13 @@ def training_curve(
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(values) > 1:
             ax.legend()
-        return figures.png(figure, transparent=True)
+        return plots.png(figure, transparent=True)
 
 
 def quality_chart(rows: list[tuple[str, dict]], dark: bool) -> bytes:
     """Each figure with its interval, as its share of the way from floor (0) to ceiling (1)."""
-    with figures.style(dark) as colours:
-        figure = figures.Figure(figsize=(WIDTH, 0.6 + 0.26 * len(rows)), layout="constrained")
+    with plots.style(dark) as colours:
+        figure = plots.Figure(figsize=(WIDTH, 0.6 + 0.26 * len(rows)), layout="constrained")
         ax = figure.subplots()
         for place, (_, figure_row) in enumerate(rows):
             span = figure_row["ceiling"] - figure_row["floor"]
@@ -54,12 +54,12 @@ def quality_chart(rows: list[tuple[str, dict]], dark: bool) -> bytes:
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_xticks([0, 0.5, 1], ["floor", "half-way", "ceiling"])
         ax.set_xlim(-0.15, 1.15)  # a figure whose ceiling is near its floor may leave the chart
-        return figures.png(figure, transparent=True)
+        return plots.png(figure, transparent=True)
 
 
 def distance_chart(distances: np.ndarray, dark: bool) -> bytes:
     """(L, H) mean attention distances in px: a dot per head over its layer."""
-    with figures.style(dark) as colours:
+    with plots.style(dark) as colours:
         figure, ax = _chart()
         layers, heads = distances.shape
         ax.plot(
@@ -68,24 +68,24 @@ def distance_chart(distances: np.ndarray, dark: bool) -> bytes:
         )  # fmt: skip
         ax.set(xlabel="layer", ylabel="mean distance, px", xticks=range(1, layers + 1))
         ax.set_ylim(0, 1.1 * distances.max())
-        return figures.png(figure, transparent=True)
+        return plots.png(figure, transparent=True)
 
 
 def histogram(values: np.ndarray, label: str, limit: float, dark: bool) -> bytes:
     """How values are spread, and a dashed line at a limit."""
-    with figures.style(dark) as colours:
+    with plots.style(dark) as colours:
         figure, ax = _chart()
         ax.hist(values, bins=40, color=colours["student"], alpha=0.8)
         ax.axvline(limit, color=colours["floor"], ls="--", lw=1)
         ax.set(xlabel=label, ylabel="patches")
-        return figures.png(figure, transparent=True)
+        return plots.png(figure, transparent=True)
 
 
 def speed_chart(
     series: dict[str, Sequence[tuple[float, float]]], floor: float, dark: bool
 ) -> bytes:
     """A point per run: {name: [(images a second, cosine to the teacher)]}; floor: a cosine."""
-    with figures.style(dark) as colours:
+    with plots.style(dark) as colours:
         figure, ax = _chart()
         baselines = iter("s^vPXd")
         for name, points in series.items():
@@ -100,7 +100,7 @@ def speed_chart(
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
         ax.legend()
-        return figures.png(figure, transparent=True)
+        return plots.png(figure, transparent=True)
 
 
 def mosaic(tiles: np.ndarray, columns: int, gap: int = 1, paper: int = 255) -> np.ndarray:
@@ -118,11 +118,11 @@ def mosaic(tiles: np.ndarray, columns: int, gap: int = 1, paper: int = 255) -> n
 
 def coloured(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """(...) values -> (..., 3) uint8 colours of the scale from low to high."""
-    return (
-        figures.MAP(((values - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3] * 255
-    ).astype(np.uint8)
+    return (plots.MAP(((values - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3] * 255).astype(
+        np.uint8
+    )
 
 
 def _chart():
-    figure = figures.Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = plots.Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     return figure, figure.subplots()

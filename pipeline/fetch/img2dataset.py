@@ -29,9 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.opener import LONGEST_PAUSE_S, Opener
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg
-from pipeline.data.policy import RETRYABLE, STATUSES, FetchRules, split_error
+from pipeline.data.pixels import NotAnImage
+from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg
+from pipeline.fetch.http import LONGEST_PAUSE_S, Opener
+from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchRules, split_error
 
 __all__ = ["RETRYABLE", "STATUSES", "FetchRules", "fetch_lists", "split_error"]
 
@@ -39,7 +40,9 @@ LOG = "img2dataset.log"
 STALL_GRACE_S = 120.0  # to start processes and decode what was fetched, without a request
 _POLL_S = 0.2
 _BEAT = "beat"  # its time changes with every request
-_CHILD = "import sys; sys.path.insert(0, {!r}); from pipeline.data.fetch import _child; _child()"
+_CHILD = (
+    "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.img2dataset import _child; _child()"
+)
 
 
 def fetch_lists(

@@ -15,10 +15,10 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import content, read_stamp, write_file
-from pipeline.data import ledger, shards
+from pipeline.data import database, shards
+from pipeline.data.embeddings import unit_rows
 from pipeline.data.pixels import decode
-from pipeline.data.targets import unit_rows
-from pipeline.evaluation import figures
+from pipeline.explore import plots
 
 FORMATS = ("table", "json", "csv")
 DRAWN = 12  # hits a side whose pictures are read and drawn, at most
@@ -75,7 +75,7 @@ class Collection:
     """
 
     def __init__(self, data: Path, index: Path | None = None):
-        self.data, self._connection = data, ledger.connect(data)
+        self.data, self._connection = data, database.connect(data)
         if index is None:
             index = data / "evaluation" / "index"
             _check_index(data)
@@ -195,20 +195,20 @@ def _cell(value) -> str:
 def search_figure(hits: Hits, out: Path) -> None:
     """Write a PNG: the student's best images above the teacher's, with scores and captions."""
     drawn = min(DRAWN, max(len(hits.student), len(hits.teacher)))
-    with figures.style() as colours:
-        figure = figures.Figure(figsize=(max(1.5 * drawn, 4.5), 5.0), layout="constrained")
+    with plots.style() as colours:
+        figure = plots.Figure(figsize=(max(1.5 * drawn, 4.5), 5.0), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.08)  # inches, below the title
         more = f", first {drawn} of {len(hits.student)}" if len(hits.student) > drawn else ""
         found = f"best of {hits.collection} images{more}"
-        title = figures.wrapped(hits.title, 16 * drawn, lines=2)
+        title = plots.wrapped(hits.title, 16 * drawn, lines=2)
         figure.suptitle(f"{title}\n{found}", fontsize=10)
-        figures.footnotes(figure, hits.notes)
+        plots.footnotes(figure, hits.notes)
         for strip, by in zip(figure.subfigures(2, 1), ("student", "teacher"), strict=True):
             strip.supylabel(f"by {by}", color=colours[by], fontsize=10)
             for ax, hit in zip(strip.subplots(1, drawn, squeeze=False)[0], getattr(hits, by)):  # noqa: B905
-                caption = figures.wrapped(hit.caption or hit.url, 20, lines=3)
-                figures.picture(ax, decode(hit.jpg), f"{hit.rank}: {hit.score:.3f}\n{caption}")
-        write_file(out, lambda partial: partial.write_bytes(figures.png(figure)))
+                caption = plots.wrapped(hit.caption or hit.url, 20, lines=3)
+                plots.picture(ax, decode(hit.jpg), f"{hit.rank}: {hit.score:.3f}\n{caption}")
+        write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))
 
 
 # Every indexed image with both of its vectors.

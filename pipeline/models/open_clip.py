@@ -1,4 +1,6 @@
-"""Import this before open_clip: it imports torchvision, also beside a CPU-only torch.
+"""The one import of open_clip, which imports torchvision, also beside a CPU-only torch.
+
+    from pipeline.models.open_clip import open_clip
 
 torchvision's wheel is built for CUDA. Beside a CPU-only torch its compiled operators cannot be
 loaded, and its Python code then fails: `RuntimeError: operator torchvision::nms does not exist`.
@@ -22,3 +24,8 @@ except RuntimeError as error:
     for schema in SCHEMAS:
         library.define(schema)
     import torchvision  # noqa: F401
+
+import open_clip  # noqa: E402
+import open_clip.transform  # noqa: E402
+
+__all__ = ["open_clip"]

@@ -13,9 +13,9 @@ import duckdb
 import numpy as np
 
 from pipeline.core.provenance import STAMP_FILE, digest
-from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
+from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
 
 TABLES = {  # table -> (room, prefix of its files)
     "images": ("images", ""),

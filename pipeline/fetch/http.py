@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from email.utils import parsedate
 from urllib.parse import quote, urljoin
 
-from pipeline.data.policy import (
+from pipeline.fetch.policy import (
     PLAIN,
     FetchError,
     FetchRules,
@@ -30,7 +30,7 @@ from pipeline.data.policy import (
     parse_url,
     read_local,
 )
-from pipeline.data.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
+from pipeline.fetch.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
 
 ROBOTS_BYTES = 500 * 1024  # of a robots.txt that are read: what RFC 9309 asks at least
 LONGEST_PAUSE_S = 8.0  # between two tries, unless the server asks for a longer one

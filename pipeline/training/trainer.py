@@ -21,8 +21,8 @@ from pipeline.core.provenance import write_file
 from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
 from pipeline.training.batches import Batch
+from pipeline.training.distributed import Ranks
 from pipeline.training.losses import loss_terms
-from pipeline.training.ranks import Ranks
 
 VERSION = 1  # raise it when a change here changes the trained weights
 
@@ -38,9 +38,13 @@ class Trainer:
     def __init__(self, config: DistillConfig, student: Student, mean: np.ndarray, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.student = student.to(ranks.device).train()
-        if config.smooth_stem:
+        if config.fixed_stem_frequencies:
             stem = student.conv1.weight.requires_grad_(False)  # (W, 3, p, p)
-            stem.copy_(smooth_filters(len(stem), stem.shape[-1], config.smooth_stem, config.seed))
+            stem.copy_(
+                smooth_filters(
+                    len(stem), stem.shape[-1], config.fixed_stem_frequencies, config.seed
+                )
+            )
         if config.mixup and config.batch // ranks.size % 2:
             raise PipelineError(
                 f"distill.mixup pairs images, and {config.batch // ranks.size} a rank is odd. "
@@ -100,7 +104,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         ranks.sum_gradients(self.student.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self._update_average()
         self.step += 1
@@ -185,7 +189,7 @@ class Trainer:
 
     def _noisy(self, pixels: Tensor, places: np.ndarray) -> Tensor:
         """Brightness and contrast noise for the student: a function of seed, step and place."""
-        amount = self.config.noise
+        amount = self.config.color_jitter
         if not amount:
             return pixels
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)

@@ -15,7 +15,7 @@ import duckdb
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import PARTIAL
-from pipeline.data.policy import FetchError, local_path
+from pipeline.fetch.policy import FetchError, local_path
 
 VERSION = 1  # raise it when ids, buckets or the reading of a manifest change
 

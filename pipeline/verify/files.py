@@ -1,6 +1,6 @@
 """What stamps, files and rows of data/ say of themselves, a row group at a time; writes nothing.
 
-`pipeline.data.questions` asks what needs several files at once, `pipeline.evaluation.verify` what
+`pipeline.verify.tables` asks what needs several files at once, `pipeline.verify.verify` what
 needs a model.
 """
 
@@ -27,9 +27,9 @@ from pipeline.core.provenance import (
 )
 from pipeline.core.threads import ahead
 from pipeline.data import shards
-from pipeline.data.manifest import image_id
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.data.policy import STATUSES
+from pipeline.fetch.manifest import image_id
+from pipeline.fetch.policy import STATUSES
 
 ROOMS = {  # in the order in which data flows
     "images": "download",

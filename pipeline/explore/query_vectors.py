@@ -16,11 +16,12 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp
-from pipeline.data import ledger
-from pipeline.data.pixels import NotAnImage, TooManyPixels, canonical_jpeg, decode
-from pipeline.data.targets import text_vectors
+from pipeline.data import database
+from pipeline.data.embeddings import text_vectors
+from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.views import canonical_view, view_pixels
-from pipeline.evaluation.search import Query
+from pipeline.explore.search import Query
+from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg
 
 if TYPE_CHECKING:
     from pipeline.models.student import Student
@@ -114,7 +115,7 @@ class Queries:
         Without the teacher's weights the student's vector asks both sides. Raises PipelineError
         for a file that is no image, or one that is too large to decode.
         """
-        from pipeline.evaluation.patches import student_view
+        from pipeline.models.patches import student_view
 
         image = read_image(self.data, file)
         pixels = self.view(image, self.student.config.image_size)
@@ -143,7 +144,7 @@ class Queries:
             others = set(stored.split())
             return len(words & others) / len(words | others), letters.ratio()
 
-        stored = [t for (t,) in ledger.connect(self.data).execute(STORED).fetchall()]
+        stored = [t for (t,) in database.connect(self.data).execute(STORED).fetchall()]
         return [_short(t) for t in heapq.nlargest(5, stored, nearness)]
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
-from pipeline.data import ledger
+from pipeline.data import database
 
 FORMATS = ("table", "csv", "json", "parquet")
 SHOWN = 100  # rows of a table
@@ -31,7 +31,7 @@ def print_answer(data: Path, sql: str, form: str) -> None:
         raise PipelineError(
             "Parquet is binary: redirect it, `... --format parquet > answer.parquet`."
         )
-    answer = ledger.ask(data, sql, Path("manifests"), arrow=form == "parquet")
+    answer = database.ask(data, sql, Path("manifests"), arrow=form == "parquet")
     try:
         {"table": _table, "csv": _csv, "json": _json, "parquet": _parquet}[form](answer)
     except BrokenPipeError:  # `| head` has seen enough

@@ -7,7 +7,6 @@ For open_clip's own ViT (`open_clip.transformer.VisionTransformer`), as CLIP's a
 from collections.abc import Callable
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +14,8 @@ from torch import nn
 from pipeline.core.errors import PipelineError
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
-from pipeline.evaluation.patches import PatchView
+from pipeline.models.open_clip import open_clip
+from pipeline.models.patches import PatchView
 from pipeline.models.teacher import Teacher
 
 

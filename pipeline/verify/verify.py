@@ -13,12 +13,12 @@ import torch
 from tqdm import tqdm
 
 from pipeline.core.errors import PipelineError
-from pipeline.data import audit
-from pipeline.data.audit import IMPORTED, Finding, Stamps, remade
 from pipeline.data.pixels import decode
-from pipeline.data.questions import connection_over, set_findings
 from pipeline.data.views import view_pixels
 from pipeline.models.student import Student, read_card
+from pipeline.verify import files
+from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
+from pipeline.verify.tables import connection_over, set_findings
 
 FAITHFUL = 0.999  # least cosine of a stored vector to the one that is computed again
 BLOCK = 16**8  # a row is in the sample if the first 8 digits of its id fall below a share of it
@@ -40,7 +40,7 @@ def verify(
 
     Raises PipelineError: nothing there at all, and recomputing without the teacher that was used.
     """
-    stamps, findings = audit.read_stamps(data)
+    stamps, findings = files.read_stamps(data)
     if not stamps and not findings:
         raise PipelineError(f"{data} holds no finished stage. Run `dvc repro` first.")
     teacher = None
@@ -49,18 +49,18 @@ def verify(
     total = sum(entry["bytes"] for stamp in stamps.values() for entry in stamp["files"].values())
     decoded = sum(entry["bytes"] for entry in stamps.get("images", {"files": {}})["files"].values())
     with tqdm(total=total + decoded, unit="B", unit_scale=True, desc="verify") as bar:
-        findings += audit.file_findings(data, stamps, bar.update)
-        findings += audit.chain_findings(data, stamps) + audit.leftover_findings(data)
-        findings += audit.summary_findings(data, _sound(stamps, findings))
+        findings += files.file_findings(data, stamps, bar.update)
+        findings += files.chain_findings(data, stamps) + files.leftover_findings(data)
+        findings += files.summary_findings(data, _sound(stamps, findings))
         sound = _sound(stamps, findings)
         if "images" in sound:
-            findings += audit.image_findings(data, sound["images"], bar.update, workers)
+            findings += files.image_findings(data, sound["images"], bar.update, workers)
     if "teacher" in sound:
         size = sound["teacher"]["summary"]["embedding_size"]
         for room in sound.keys() & {"teacher", "evaluation"}:
-            findings += audit.vector_findings(data, room, sound[room], size)
+            findings += files.vector_findings(data, room, sound[room], size)
         if "images" in sound:
-            findings += audit.provenance_findings(data, sound)
+            findings += files.provenance_findings(data, sound)
     findings += [*_student(data, sound), *_figures(data, sound)]
     sound = _sound(sound, findings)
     connection = connection_over(data, sound)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
-from pipeline.data import ledger
+from pipeline.data import database
 
 VECTORS = """
 SELECT image_id, embedding FROM teacher JOIN selection USING (image_id)
@@ -63,7 +63,7 @@ def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], li
 
 def labels_of(data: Path, ids: list[str]) -> dict[str, str]:
     """image_id -> label, of those among ids that have one."""
-    return dict(ledger.connect(data).execute(LABELS, [ids]).fetchall())
+    return dict(database.connect(data).execute(LABELS, [ids]).fetchall())
 
 
 def unit_rows(column: pa.Array) -> np.ndarray:
@@ -74,7 +74,7 @@ def unit_rows(column: pa.Array) -> np.ndarray:
 
 
 def _batches(data: Path, sql: str, arguments: list) -> Iterator[pa.RecordBatch]:
-    result = ledger.connect(data).sql(sql, params=arguments)
+    result = database.connect(data).sql(sql, params=arguments)
     for batch in result.to_arrow_reader(10_000):
         if batch.num_rows:
             yield batch

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 from pipeline.core.errors import PipelineError
-from pipeline.models import torchvision_guard  # noqa: F401  # before open_clip, which needs it
 from pipeline.models.card import TeacherCard
-
-import open_clip  # isort: skip
+from pipeline.models.open_clip import open_clip
 
 
 def stated_preprocessing(card: TeacherCard, path: Path) -> dict:

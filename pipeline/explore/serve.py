@@ -17,10 +17,10 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.pixels import decode
-from pipeline.evaluation import figures
-from pipeline.evaluation.patches import PatchView, entropy, in_shares, student_view
-from pipeline.evaluation.queries import Queries
-from pipeline.evaluation.search import Collection, Hit
+from pipeline.explore import plots
+from pipeline.explore.query_vectors import Queries
+from pipeline.explore.search import Collection, Hit
+from pipeline.models.patches import PatchView, entropy, in_shares, student_view
 
 try:
     import uvicorn
@@ -98,7 +98,7 @@ def make_app(data: Path, card: Path | None, hosts: list[str]) -> FastAPI:
     rooms = _Rooms(data, card)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    source = files("pipeline.evaluation").joinpath("serve.html").read_text(encoding="utf-8")
+    source = files("pipeline.explore").joinpath("serve.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(source, globals={"thumbnail": _thumbnail})
 
@@ -139,7 +139,7 @@ def make_app(data: Path, card: Path | None, hosts: list[str]) -> FastAPI:
 
 
 def _thumbnail(hit: Hit) -> str:
-    return figures.data_uri(figures.thumbnail(decode(hit.jpg), SHOWN // 2))
+    return plots.data_uri(plots.thumbnail(decode(hit.jpg), SHOWN // 2))
 
 
 def _or_404(answer: Callable, *arguments):
@@ -190,18 +190,18 @@ class _Rooms:
             "grid": len(cosines),
             "entropy": entropy(view.weights),
             "most": np.log2(view.weights.size),
-            "gradient": figures.gradient(),
+            "gradient": plots.gradient(),
         }
 
     def text_map(self, image_id: str, text: str) -> bytes:
         image, view = self._view(image_id)
         cosines = view.patches @ self._query(text).student
-        return figures.tile(figures.overlay(image, cosines, cosines.min(), cosines.max()))
+        return plots.tile(plots.overlay(image, cosines, cosines.min(), cosines.max()))
 
     def weights_map(self, image_id: str) -> bytes:
         image, view = self._view(image_id)
         shares = in_shares(view.weights)
-        return figures.tile(figures.overlay(image, shares, 0, max(2.0, shares.max())))
+        return plots.tile(plots.overlay(image, shares, 0, max(2.0, shares.max())))
 
     def _view(self, image_id: str) -> tuple[np.ndarray, PatchView]:
         image, student = decode(self.jpg(image_id)), self.queries.student

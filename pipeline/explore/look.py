@@ -10,8 +10,10 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
-from pipeline.evaluation import figures
-from pipeline.evaluation.patches import (
+from pipeline.explore import plots
+from pipeline.explore.query_vectors import Queries, read_image
+from pipeline.explore.search import Query
+from pipeline.models.patches import (
     PatchView,
     agreement,
     entropy,
@@ -19,8 +21,6 @@ from pipeline.evaluation.patches import (
     on_grid,
     student_view,
 )
-from pipeline.evaluation.queries import Queries, read_image
-from pipeline.evaluation.search import Query
 
 SHOWN = 256  # px a side of a panel
 MOST = 12  # prompts in a figure
@@ -66,7 +66,7 @@ def look(queries: Queries, file: Path, prompts: list[str]) -> Look:
 def _teacher_view(queries: Queries, image: np.ndarray) -> PatchView:
     if queries.teacher is None:
         raise PipelineError(queries.no_teacher)
-    from pipeline.evaluation.teacher_patches import teacher_view
+    from pipeline.models.teacher_patches import teacher_view
 
     return teacher_view(queries.teacher, queries.view(image, queries.teacher.image_size))
 
@@ -77,16 +77,16 @@ def look_figure(seen: Look, out: Path) -> None:
     Weights and attention share one colour scale, all activation maps another.
     """
     columns, rows = (4 if seen.teacher else 2), 1 + len(seen.queries)
-    with figures.style():
+    with plots.style():
         size = 2.1 * columns + 0.9, 2.35 * rows + 0.3 + 0.3 * len(seen.notes)
-        figure = figures.Figure(figsize=size, layout="constrained")
-        figure.suptitle(figures.wrapped(seen.title, 30 * columns, 1), fontsize=9)
-        figures.footnotes(figure, seen.notes)
+        figure = plots.Figure(figsize=size, layout="constrained")
+        figure.suptitle(plots.wrapped(seen.title, 30 * columns, 1), fontsize=9)
+        plots.footnotes(figure, seen.notes)
         axes = figure.subplots(rows, columns, squeeze=False)
         _weights_row(figure, axes[0], seen)
         if seen.queries:
             _activation_rows(figure, axes[1:], seen)
-        write_file(out, lambda partial: partial.write_bytes(figures.png(figure)))
+        write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))
 
 
 def _weights_row(figure, axes, seen: Look) -> None:
@@ -100,10 +100,10 @@ def _weights_row(figure, axes, seen: Look) -> None:
         panels[f"student: patch weights on {grid} x {grid}\n{alike}"] = on_grid(mine, grid)
         panels[f"teacher: class token's attention\n{_entropy(attention)}"] = attention
     high = max(2.0, *(in_shares(weights).max() for weights in panels.values()))
-    figures.picture(axes[0], seen.image, "image, as the student sees it")
+    plots.picture(axes[0], seen.image, "image, as the student sees it")
     for ax, (title, weights) in zip(axes[1:], panels.items(), strict=True):
-        figures.picture(ax, figures.overlay(seen.image, in_shares(weights), 0, high), title)
-    figures.colour_bar(figure, axes, 0, high, "times the equal share")
+        plots.picture(ax, plots.overlay(seen.image, in_shares(weights), 0, high), title)
+    plots.colour_bar(figure, axes, 0, high, "times the equal share")
 
 
 def _entropy(weights: np.ndarray) -> str:
@@ -120,11 +120,11 @@ def _activation_rows(figure, axes, seen: Look) -> None:
     values = np.concatenate([found.ravel() for row in maps for found in row.values()])
     low, high = float(np.percentile(values, LOWEST)), float(values.max())
     for line, row, query in zip(axes, maps, seen.queries, strict=True):
-        figures.picture(line[0], seen.image, figures.wrapped(query.title, 30, 3))
+        plots.picture(line[0], seen.image, plots.wrapped(query.title, 30, 3))
         for ax, (who, found) in zip(line[1:], row.items(), strict=False):
             whole = sides[who].embedding @ getattr(query, who)
             title = f"{who}: cosine at most {found.max():.3f}\nwhole image {whole:.3f}"
-            figures.picture(ax, figures.overlay(seen.image, found, low, high), title)
+            plots.picture(ax, plots.overlay(seen.image, found, low, high), title)
         for ax in line[1 + len(row) :]:
             ax.axis("off")
-    figures.colour_bar(figure, axes, low, high, "cosine of patch and text", extend="min")
+    plots.colour_bar(figure, axes, low, high, "cosine of patch and text", extend="min")

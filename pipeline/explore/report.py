@@ -17,13 +17,13 @@ import jinja2
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp, write_file
-from pipeline.data import ledger
+from pipeline.data import database
+from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
-from pipeline.data.targets import text_vectors
-from pipeline.evaluation import charts, figures, inspection
-from pipeline.evaluation.patches import PatchView
-from pipeline.evaluation.search import Collection, Hits, Query
-from pipeline.evaluation.throughput import finished_runs, throughput
+from pipeline.explore import panels, plots, report_charts
+from pipeline.explore.search import Collection, Hits, Query
+from pipeline.explore.throughput import finished_runs, throughput
+from pipeline.models.patches import PatchView
 from pipeline.models.student import Student, read_card
 from pipeline.training.batches import Rows
 
@@ -67,10 +67,10 @@ def write_report(
 
     index: folder of the student's index; found: the figures of `pipeline evaluate`. by_teacher:
     what the teacher makes of a row, where its weights are here; notes: what is left out and why;
-    runs: those that `pipeline.evaluation.throughput` finds.
+    runs: those that `pipeline.explore.throughput` finds.
     """
     rows = Rows(data, config.split, student.config.image_size, student.preprocessing.interpolation)
-    parts, groups = inspection.inside_views(student, rows)
+    parts, groups = panels.inside_views(student, rows)
     values = {
         "found": found,
         "summary": _summary(found, student),
@@ -79,14 +79,14 @@ def write_report(
         "quality": _quality(found),
         "curves": _curves(data / "student" / "training.csv"),
         "searches": _searches(Collection(data, index), config.prompts),
-        "looked_at": inspection.patch_groups(data, rows, LOOKED_AT, student, by_teacher),
+        "looked_at": panels.patch_groups(data, rows, LOOKED_AT, student, by_teacher),
         "charts_inside": parts,
         "tiles_inside": groups,
         "runs": throughput(runs or [], found["fidelity"]["cosine"]["floor"]),
         "notes": [ELSEWHERE] if notes is None else notes,
-        "gradient": figures.gradient(),
+        "gradient": plots.gradient(),
     }
-    template = files("pipeline.evaluation").joinpath(NAME).read_text(encoding="utf-8")
+    template = files("pipeline.explore").joinpath(NAME).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -151,7 +151,7 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def _counts(data: Path) -> dict:
     """What became of every row of the manifest, and of every image."""
-    connection = ledger.connect(data)
+    connection = database.connect(data)
     statuses = connection.execute(STATUSES).fetchall()
     total = sum(count for _, count, _ in statuses)
     splits = connection.execute(SPLITS).fetchall()
@@ -197,7 +197,7 @@ def _quality(found: dict) -> dict:
         "left_out": {k.split(".")[0]: v for k, v in _flat(found).items() if "left_out" in k},
         "apart": APART,
         "alt": f"Share of the way from floor to ceiling: {shares}.",
-    } | charts.in_both_lights(partial(charts.quality_chart, drawn))
+    } | report_charts.in_both_lights(partial(report_charts.quality_chart, drawn))
 
 
 def _figure_rows(found: dict, prefix: str = ""):
@@ -242,8 +242,8 @@ def _curves(log: Path) -> list[dict]:
             )
             steps_in_all = max(map(max, steps.values()))
             alt = f"{title} over {steps_in_all} steps: {ends}."
-            draw = partial(charts.training_curve, steps, values, label)
-            found.append({"title": title, "alt": alt} | charts.in_both_lights(draw))
+            draw = partial(report_charts.training_curve, steps, values, label)
+            found.append({"title": title, "alt": alt} | report_charts.in_both_lights(draw))
     return found
 
 
@@ -260,11 +260,11 @@ def _searches(collection: Collection, prompts: list[str]) -> list[dict]:
     return found
 
 
-def _tiles(hits: Hits) -> dict[str, list[inspection.Tile]]:
+def _tiles(hits: Hits) -> dict[str, list[panels.Tile]]:
     return {
         by: [
-            inspection.Tile(
-                figures.data_uri(figures.thumbnail(decode(hit.jpg), THUMBNAIL)),
+            panels.Tile(
+                plots.data_uri(plots.thumbnail(decode(hit.jpg), THUMBNAIL)),
                 f"Number {hit.rank} by the {by}, cosine {hit.score:.3f}: "
                 f"{hit.caption or 'no caption'}",
                 f"{hit.score:.3f} {hit.caption or ''}",
