@@ -30,7 +30,7 @@ from pipeline.data.texts import (
     text_id,
 )
 from pipeline.models.card import read_card
-from pipeline.models.teacher import Teacher, teacher_libraries, teacher_recipe
+from pipeline.models.teacher import TEXTS_VERSION, Teacher, teacher_libraries, teacher_recipe
 from pipeline.models.teacher_shards import Known, text_vectors, view_tables
 
 STAGE = "teacher_embed"
@@ -65,6 +65,7 @@ def teacher_embed(
         prompts = _prompts(config, data / "images")
         recipe = vectors | {"crops": crops, "views": config.views}
         recipe |= {"images": content(images), "prompts": digest(prompts)}
+        recipe |= {"texts_version": TEXTS_VERSION}
         work = Work(data, STAGE, data / "teacher", recipe)
         if not work.published():
             _refuse_other_teacher(work.out, vectors)
@@ -110,9 +111,11 @@ def _origins(images: dict, vectors: dict, crops: dict, count: int, prompts: list
     """Every file of the out, with all that determines its bytes."""
     origins = {}
     for name, entry in images["files"].items():
-        origins[f"texts/{name}"] = vectors | {"input": entry["sha256"]}
-        origins[f"images/{name}"] = origins[f"texts/{name}"] | {"crops": crops, "views": count}
-    return origins | {PROMPTS: vectors | {"input": digest(prompts)}}
+        made = vectors | {"input": entry["sha256"]}
+        origins[f"texts/{name}"] = made | {"texts_version": TEXTS_VERSION}
+        origins[f"images/{name}"] = made | {"crops": crops, "views": count}
+    made = vectors | {"input": digest(prompts), "texts_version": TEXTS_VERSION}
+    return origins | {PROMPTS: made}
 
 
 def _settled(work: Work, name: str, origin: dict) -> bool:
@@ -172,7 +175,7 @@ def _embed(teacher, work, config, images, missing, origins, prompts, workers) ->
                 rows = [(None, text) for text in prompts]
                 if name != PROMPTS:
                     rows = _captions(source)
-                known = _known_texts(work, name, origins[name])
+                known = _known_texts(work, name, origins[name], teacher)
                 found = text_vectors(teacher, [text for _, text in rows], config.batch, known)
                 tables = shards.in_groups(_text_table(rows, found, size))
             made = origins[name] | extra
@@ -215,12 +218,16 @@ def _known_views(work: Work, name: str, origin: dict) -> Known:
     return known
 
 
-def _known_texts(work: Work, name: str, origin: dict) -> dict[str, np.ndarray]:
+def _known_texts(work: Work, name: str, origin: dict, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Vectors that an earlier run of the same teacher holds, but for texts it cut short."""
     known = {}
-    for _, table in _earlier_shards(work, name, origin, SAME_VECTORS):
-        known |= zip(
-            table["text"].to_pylist(), shards.stored_embeddings(table["embedding"]), strict=True
-        )
+    for made, table in _earlier_shards(work, name, origin, SAME_VECTORS):
+        texts, vectors = table["text"].to_pylist(), shards.stored_embeddings(table["embedding"])
+        wrong = [False] * len(texts)
+        if made.get("texts_version", 1) < TEXTS_VERSION and texts:
+            wrong = teacher.was_cut_short(texts)
+        rows = zip(texts, vectors, wrong, strict=True)
+        known |= {text: vector for text, vector, cut in rows if not cut}
     return known
 
 

@@ -17,6 +17,7 @@ from pipeline.models.teacher import Teacher
 from stages.teacher_embed import teacher_embed
 
 CPU = torch.device("cpu")
+WITH_TOKEN_ZERO = "a red ring !§ !§ !§ and a blue cat"
 
 
 @pytest.fixture
@@ -167,14 +168,60 @@ def test_a_missing_stage_is_named(small_world, tmp_path):
 
 
 def test_padding_that_is_not_computed_changes_no_text(tmp_path):
-    """A causal tower reads its answer at the end of the text: room beyond it is idle."""
+    """A causal tower reads its answer at the end of the text: padding beyond it is idle."""
     teacher = Teacher(worlds.write_teacher(tmp_path / "teacher", context=77), CPU)
-    assert teacher.rooms(["a cat", "a cat " * 12, "a cat " * 40]) == [16, 32, 77]
+    assert teacher.context_lengths(["a cat", "a cat " * 12, "a cat " * 40]) == [16, 32, 77]
     texts = ["a cat", "", "a dog beside a red car in front of an old house by the sea " * 3]
+    texts += [WITH_TOKEN_ZERO, "!" + WITH_TOKEN_ZERO]
     whole = teacher.model.encode_text(teacher.tokenize(texts))
     expected = torch.nn.functional.normalize(whole, dim=-1).detach().numpy()
     for text, vector in zip(texts, expected, strict=True):
         np.testing.assert_allclose(teacher.embed_texts([text])[0], vector, atol=1e-6)
+
+
+def test_a_text_with_tokens_of_id_zero_keeps_its_end(tmp_path):
+    """Id 0 is "!" inside a longer run of signs: counting ids that are not 0 lost the end token."""
+    teacher = Teacher(worlds.write_teacher(tmp_path / "teacher", context=77), CPU)
+    (tokens,) = teacher.tokenize([WITH_TOKEN_ZERO])
+    assert (tokens[: tokens.argmax()] == 0).any()
+    length = int(tokens.argmax()) + 1
+    assert int((tokens != 0).sum()) <= 16 < length
+    assert teacher.context_lengths([WITH_TOKEN_ZERO]) == [32]
+    assert teacher.was_cut_short([WITH_TOKEN_ZERO, "a cat", "a cat!"]) == [True, False, False]
+
+
+def test_only_texts_that_an_earlier_version_cut_short_are_embedded_again(
+    small_world, data, tmp_path, monkeypatch
+):
+    """The earlier version is written down as it was: no texts_version, lengths that skip id 0."""
+    card = worlds.write_teacher(tmp_path / "teacher", context=77)
+    (tmp_path / "prompts.txt").write_text(f"a red circle\n{WITH_TOKEN_ZERO}\n")
+    config = worlds.teacher_config(card, tmp_path / "prompts.txt")
+    with monkeypatch.context() as earlier:
+        counted = lambda self, tokens: (tokens != 0).sum(dim=1)  # noqa: E731
+        earlier.setattr(Teacher, "_ends", counted)
+        earlier.setattr("stages.teacher_embed.TEXTS_VERSION", 1)
+        teacher_embed(config, data, device="cpu", workers=1)
+    before = vectors_of_texts(data)
+    embedded, embed_texts = [], Teacher.embed_texts
+    monkeypatch.setattr(
+        Teacher, "embed_texts", lambda self, texts: embedded.extend(texts) or embed_texts(self, texts)
+    )
+    images = rows(data)
+    teacher_embed(config, data, device="cpu", workers=1)
+    after = vectors_of_texts(data)
+    assert set(embedded) - {"", "a photo of a cat"} == {WITH_TOKEN_ZERO}
+    assert {text for text in after if after[text] != before[text]} == {WITH_TOKEN_ZERO}
+    assert rows(data) == images
+
+
+def vectors_of_texts(data: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted((data / "teacher/texts").glob("*.parquet")):
+        table = pq.read_table(path)
+        vectors = shards.stored_embeddings(table["embedding"])
+        found |= {t: v.tobytes() for t, v in zip(table["text"].to_pylist(), vectors, strict=True)}
+    return found
 
 
 def broken(tmp_path: Path, change) -> Path:

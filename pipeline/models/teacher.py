@@ -13,9 +13,10 @@ from pipeline.core.provenance import digest, libraries
 from pipeline.models.card import TeacherCard, check_weights, read_card, weights_file
 from pipeline.models.open_clip import open_clip
 
-VERSION = 1  # raise it when a change here changes an embedding
+VERSION = 1  # raise it when a change here changes every embedding
+TEXTS_VERSION = 2  # of texts alone; 2: a text's length ends at its end token, whatever its ids
 GOLDEN_TEXT = "a photo of a cat"
-ROOMS = (16, 32)  # places of a shortened text tower
+CONTEXTS = (16, 32)  # lengths, in tokens, of a shortened text tower
 FAITHFUL = 0.999  # least cosine per row between bfloat16 and float32
 
 
@@ -89,36 +90,56 @@ class Teacher:
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """n texts -> (n, E) float32, unit length; cut at the context length, as CLIP does.
 
-        A causal tower's answer is read at the end of the text and what follows cannot change it,
-        so the padding behind `room` is not computed: most captions need 16 of CLIP's 77 places.
+        A causal tower's answer is read at the end token and what follows cannot change it, so
+        the padding behind the longest text is not computed: most captions need 16 of CLIP's 77
+        tokens.
         """
         tokens = self.tokenize(texts).to(self.device)  # (n, T)
-        room = max(self._rooms(tokens).tolist())
-        if room == tokens.shape[1]:
+        length = max(self._context_lengths(self._ends(tokens)).tolist())
+        if length == tokens.shape[1]:
             return _unit(self.model.encode_text(tokens))
         shortened = {
-            "positional_embedding": self.model.positional_embedding[:room],
-            "attn_mask": self.model.attn_mask[:room, :room],
+            "positional_embedding": self.model.positional_embedding[:length],
+            "attn_mask": self.model.attn_mask[:length, :length],
         }
         _, vectors, *_ = torch.func.functional_call(
-            self.model, shortened, kwargs={"text": tokens[:, :room]}
+            self.model, shortened, kwargs={"text": tokens[:, :length]}
         )
         return _unit(vectors)
 
-    def rooms(self, texts: list[str]) -> list[int]:
-        """Places that each text needs: of ROOMS the least that holds it, or the whole context.
+    def context_lengths(self, texts: list[str]) -> list[int]:
+        """Tokens that each text is embedded in: the least of CONTEXTS that holds it, or all.
 
-        A function of the text alone; texts of one room are embedded together, so that a text's
+        A function of the text alone; texts of one length are embedded together, so that a text's
         vector does not depend on its neighbours.
         """
-        return self._rooms(self.tokenize(texts)).tolist()
+        return self._context_lengths(self._ends(self.tokenize(texts))).tolist()
 
-    def _rooms(self, tokens: torch.Tensor) -> torch.Tensor:
-        whole = tokens.shape[1]
-        causal = type(self.model) is open_clip.CLIP and self.model.attn_mask is not None
-        ends = [room for room in ROOMS if room < whole] if causal else []
-        ends = torch.tensor([*ends, whole], device=tokens.device)
-        return ends[torch.searchsorted(ends, (tokens != 0).sum(dim=1).clamp(max=whole))]
+    def was_cut_short(self, texts: list[str]) -> list[bool]:
+        """Whether version 1 of TEXTS_VERSION lost a text's end: it did not count tokens of id 0."""
+        tokens = self.tokenize(texts)
+        counted = self._context_lengths((tokens != 0).sum(dim=1))
+        return (counted < self._context_lengths(self._ends(tokens))).tolist()
+
+    def _ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, T) -> (n,) tokens up to the end token, which is where the text tower looks."""
+        if self._causal:
+            return tokens.argmax(dim=1) + 1
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+
+    def _context_lengths(self, counts: torch.Tensor) -> torch.Tensor:
+        complete = self.model.context_length
+        shorter = [n for n in CONTEXTS if n < complete] if self._causal else []
+        lengths = torch.tensor([*shorter, complete], device=counts.device)
+        return lengths[torch.searchsorted(lengths, counts.clamp(max=complete))]
+
+    @property
+    def _causal(self) -> bool:
+        """A text's vector stands at its end token, the largest id, and depends on no later one."""
+        model = self.model
+        if type(model) is not open_clip.CLIP or model.attn_mask is None:
+            return False
+        return model.text_pool_type == "argmax"
 
     def normalised(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) in the teacher's dtype, on its device."""

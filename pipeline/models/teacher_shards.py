@@ -57,11 +57,11 @@ def text_vectors(
     """Each distinct text -> (E,) float16."""
     distinct = sorted(set(texts))
     missing = [text for text in distinct if text not in known]
-    by_room = defaultdict(list)
+    by_length = defaultdict(list)
     for chunk in _batched(missing, 4096):
-        for text, room in zip(chunk, teacher.rooms(chunk), strict=True):
-            by_room[room].append(text)
-    for alike in by_room.values():
+        for text, length in zip(chunk, teacher.context_lengths(chunk), strict=True):
+            by_length[length].append(text)
+    for alike in by_length.values():
         for chunk in _batched(alike, batch):
             padded = [*chunk, *[""] * (batch - len(chunk))]
             vectors = to_float16(teacher.embed_texts(padded)[: len(chunk)])
