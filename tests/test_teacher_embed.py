@@ -205,7 +205,9 @@ def test_only_texts_that_an_earlier_version_cut_short_are_embedded_again(
     before = vectors_of_texts(data)
     embedded, embed_texts = [], Teacher.embed_texts
     monkeypatch.setattr(
-        Teacher, "embed_texts", lambda self, texts: embedded.extend(texts) or embed_texts(self, texts)
+        Teacher,
+        "embed_texts",
+        lambda self, texts: embedded.extend(texts) or embed_texts(self, texts),
     )
     images = rows(data)
     teacher_embed(config, data, device="cpu", workers=1)
