@@ -20,7 +20,7 @@ from PIL import Image
 from worlds import FULL_SIZE, full_size_card, photos, write_images
 
 from pipeline.core.config import load_section
-from pipeline.core.devices import pick_device, pick_dtype
+from pipeline.core.devices import fast_dtype, pick_device
 from pipeline.data import shards
 from pipeline.models.open_clip import open_clip
 from pipeline.models.teacher import Teacher
@@ -48,7 +48,7 @@ def main() -> None:
         card = full_size_card(folder)
         exact, teacher = (Teacher(card, device) for _ in range(2))
         ready = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), np.uint8)
-        dtype = pick_dtype("auto", device)
+        dtype = fast_dtype(device)
         teacher.use(dtype, ready[:8], ["a photo"])
         preset = Path(__file__).parents[1] / "pipeline/core/presets/clip-vit-b32.yaml"
         config = load_section(preset, "teacher_embed").model_copy(

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from tqdm import tqdm
 
 from pipeline.core.config import TeacherEmbedConfig
-from pipeline.core.devices import pick_device, pick_dtype
+from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, content, digest, lock, read_stamp, write_json
 from pipeline.data import pixels, shards, views
@@ -50,10 +51,10 @@ def teacher_embed(
     with lock(data, STAGE):
         images = read_stamp(data / "images", "download")
         card_path, target = Path(config.card), pick_device(device)
-        dtype = pick_dtype(config.dtype, target)
+        dtype = getattr(torch, config.dtype)
         vectors = {  # what determines the vector of given pixels or of a text
             "teacher": teacher_recipe(read_card(card_path), card_path),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": config.dtype,
             "batch": config.batch,
             "versions": {
                 "pixels": pixels.VERSION,
@@ -96,9 +97,16 @@ def _prompts(config: TeacherEmbedConfig, images: Path) -> list[str]:
 def _refuse_other_teacher(out: Path, vectors: dict) -> None:
     """A teacher's run may have cost days: a direct command never replaces it by another's."""
     try:
-        found = read_stamp(out, STAGE)["recipe"]["teacher"]
+        recipe = read_stamp(out, STAGE)["recipe"]
+        found, dtype = recipe["teacher"], recipe["dtype"]
     except (PipelineError, KeyError):
         return
+    if dtype != vectors["dtype"]:
+        raise PipelineError(
+            f"{out} holds embeddings in {dtype}, params.yaml asks for {vectors['dtype']}. Set "
+            f"`teacher_embed.dtype: {dtype}`, move {out} away to embed anew, or run `dvc repro`, "
+            "which keeps the old ones in its cache."
+        )
     if found != vectors["teacher"]:
         raise PipelineError(
             f"{out} holds embeddings of another teacher ({found['card']['name']}) than params.yaml "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.core.config import SECTIONS, LossWeights, load_section
@@ -43,6 +44,19 @@ def test_every_section_of_every_preset_loads(preset, section, tmp_path):
     assert load_section(tmp_path / "params.yaml", section)
 
 
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
+def test_the_dtypes_of_real_work_are_written_down_by_the_hardware_and_the_demos_never(
+    tmp_path, monkeypatch, fast
+):
+    monkeypatch.setattr("pipeline.core.devices.fast_dtype", lambda device: fast)
+    path, named = tmp_path / "params.yaml", str(fast).removeprefix("torch.")
+    for preset, expected in (("clip-vit-b32", named), ("demo", "float32")):
+        write_preset(preset, path, force=True)
+        assert load_section(path, "teacher_embed").dtype == expected
+        assert load_section(path, "distill").precision == expected
+    assert "precision: float32 # of matrix" in path.read_text()
+
+
 def test_an_unknown_key_is_named_with_file_section_value_and_the_keys_allowed(params):
     change(params, "select.wher", "true")
     message = refusal(params, "select")
@@ -75,7 +89,7 @@ def test_a_missing_key_is_named_with_its_place(params, key):
         ("download.timeout", float("inf"), "finite"),
         ("download.quality", 101, "less than or equal to 100"),
         ("download.allow", "localhost", "list"),
-        ("teacher_embed.dtype", "float16", "'auto', 'bfloat16' or 'float32'"),
+        ("teacher_embed.dtype", "float16", "'bfloat16' or 'float32'"),
         ("teacher_embed.crop_area", [0.5], "at least 2"),
         ("teacher_embed.crop_area", [0.9, 0.5], "[smallest, largest]"),
         ("teacher_embed.crop_area", [0.5, 1.5], "whole image"),

@@ -145,6 +145,14 @@ def test_embeddings_of_another_teacher_are_never_replaced_silently(small_world, 
     assert rows(data) == before
 
 
+def test_embeddings_of_another_dtype_are_never_replaced_silently(small_world, data):
+    embed(small_world, data)
+    before = rows(data)
+    with pytest.raises(PipelineError, match=r"in float32, params\.yaml asks for bfloat16"):
+        embed(small_world, data, dtype="bfloat16")
+    assert rows(data) == before
+
+
 def test_a_finished_run_is_on_record_once_with_the_speed_of_what_the_teacher_saw(
     small_world, data, tmp_path
 ):

@@ -90,7 +90,7 @@ class TeacherEmbedConfig(Strict):
     crop_area: Span  # share of the image's area, of views 1, 2, ...
     crop_ratio: Span  # width / height
     seed: Seed
-    dtype: Literal["auto", "bfloat16", "float32"]  # auto: bfloat16 where the hardware is fast at it
+    dtype: Literal["bfloat16", "float32"]
     batch: Positive  # a row's last bits depend on it
     prompts: str  # text file, a prompt a line, embedded beside captions and box texts
     templates: str  # text file, a template a line; each is embedded with each label in its {}

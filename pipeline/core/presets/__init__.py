@@ -1,5 +1,6 @@
 """Parameter files to start from: complete, every value with its meaning."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,10 +11,22 @@ PRESETS = ("demo", "clip-vit-b32")
 
 
 def write_preset(preset: str, path: Path, force: bool) -> None:
-    """Write a preset to path. Raises PipelineError for an unknown one, or a file in the way."""
+    """Write a preset to path; its dtypes are those that the hardware here is fast at.
+
+    The demo's are float32 on any machine, so that its figures can be compared. Raises
+    PipelineError for an unknown preset, or a file in the way.
+    """
     if preset not in PRESETS:
         raise PipelineError(f"no preset {preset!r}; there are {', '.join(PRESETS)}.")
     if path.exists() and not force:
         raise PipelineError(f"{path} exists. Add --force to replace it, or name another --params.")
     text = (files(__package__) / f"{preset}.yaml").read_text()
+    if preset != "demo":
+        text = re.sub(r"(?m)^(  (?:dtype|precision): )\w+", rf"\g<1>{_fast_dtype()}", text)
     write_file(path, lambda partial: partial.write_text(text))
+
+
+def _fast_dtype() -> str:
+    from pipeline.core.devices import fast_dtype, pick_device  # torch takes seconds to import
+
+    return str(fast_dtype(pick_device("auto"))).removeprefix("torch.")
