@@ -7,7 +7,8 @@ import torch
 
 from pipeline import Student
 from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
-from pipeline.evaluation.metrics import fidelity, ranks_of_own
+from pipeline.evaluation.metrics import fidelity
+from pipeline.evaluation.retrieval import hits_at, ranks_of_own
 from pipeline.training.batches import Rows, batches_of
 
 
@@ -25,10 +26,11 @@ def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[
     figures = {"cosine": close["cosine"]["value"], "floor": close["cosine"]["floor"]}
     figures["centred cosine"] = close["centred_cosine"]["value"]
     own = np.arange(len(ids))
-    figures["student-teacher R@1"] = float((ranks_of_own(found, teacher, own) < 1).mean())
+    figures["student-teacher R@1"] = float(hits_at(1, ranks_of_own(found, teacher, own)).mean())
     _, owners, texts = text_vectors(data, "image_id IS NOT NULL", [])
     mine = [i for i, key in enumerate(owners) if key in place]
     if mine:
         right = np.array([place[owners[i]] for i in mine])
-        figures["text-image R@1"] = float((ranks_of_own(texts[mine], found, right) < 1).mean())
+        ranks = ranks_of_own(texts[mine], found, right)
+        figures["text-image R@1"] = float(hits_at(1, ranks).mean())
     return figures

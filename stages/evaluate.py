@@ -20,11 +20,17 @@ from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
 from pipeline.data import shards
-from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
+from pipeline.data.embeddings import split_vectors, training_mean
 from pipeline.data.runs import append_run
 from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
 from pipeline.evaluation.grounding import pointing_figures
+from pipeline.evaluation.retrieval import (
+    DEPTHS,
+    image_retrieval,
+    near_training_images,
+    text_retrieval,
+)
 from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
@@ -32,9 +38,8 @@ from pipeline.models.student import Student
 from pipeline.training.batches import Rows, batches_of
 
 STAGE = "evaluate"
-VERSION = 2  # raise it when a figure is computed in another way
+VERSION = 3  # raise it when a figure is computed in another way
 METRICS, RETRIEVAL = "metrics.json", "retrieval.csv"
-RANKED = 1024  # texts, at most, for which all images are put in order: what takes longest
 
 
 def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", workers: int = 2) -> dict:
@@ -142,63 +147,19 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
     kept = [i for i, key in enumerate(ids) if key in index]
     ids, teacher = [ids[i] for i in kept], teacher[kept]
     found = np.stack([index[key] for key in ids])
-    mean = training_mean(data)
-    own = np.arange(len(ids))
+    templates = work.recipe["config"]["templates"]
     figures = {
         "split": config.split,
         "images": len(ids),
         "undecodable": len(lost),
-        "fidelity": metrics.fidelity(found, teacher, mean),
-        "student_to_teacher": _with_ceiling(
-            metrics.recall(metrics.ranks_of_own(found, teacher, own), len(ids)),
-            metrics.recall(metrics.ranks_of_own(teacher, teacher, own), len(ids)),
-        ),
-    }
-    place = {key: i for i, key in enumerate(ids)}
-    texts, text_ids, vectors = text_vectors(data, "image_id IS NOT NULL", [])
-    mine = [i for i, key in enumerate(text_ids) if key in place]
-    if mine:
-        right = np.array([place[text_ids[i]] for i in mine])
-        by_student = metrics.ranks_of_own(vectors[mine], found, right)
-        by_teacher = metrics.ranks_of_own(vectors[mine], teacher, right)
-        figures["text_to_image"] = _with_ceiling(
-            metrics.recall(by_student, len(ids)), metrics.recall(by_teacher, len(ids))
-        ) | {
-            "queries": len(mine),
-            "distinct_texts": len({texts[i] for i in mine}),
-            "overlap@10": _overlap(vectors[mine], found, teacher),
-            "rank_correlation": _rank_correlation(vectors[mine], found, teacher),
-        }
-    templates = work.recipe["config"]["templates"]
-    more = {
+        "near_training": near_training_images(data, teacher),
+        "fidelity": metrics.fidelity(found, teacher, training_mean(data)),
+        "student_to_teacher": image_retrieval(found, teacher),
+        "text_to_image": text_retrieval(data, ids, found, teacher),
         "pointing": pointing_figures(data, config.split, student, config.batch, workers),
         "zero_shot": zero_shot_figures(data, ids, found, teacher, templates),
     }
-    return figures | {name: group for name, group in more.items() if group}
-
-
-def _with_ceiling(student: dict, teacher: dict) -> dict:
-    return {k: figure | {"ceiling": teacher[k]["value"]} for k, figure in student.items()}
-
-
-def _overlap(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> dict:
-    """Agreement of the ten best images of a text, by student and by teacher."""
-    shares = _per_text(partial(metrics.overlap_at, 10), texts, student, teacher)
-    floor = min(1.0, 10 / len(student))
-    return metrics.mean_interval(shares) | {"floor": floor, "ceiling": 1.0}
-
-
-def _rank_correlation(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> dict:
-    """Agreement on the order of all images for a text; of RANKED texts, evenly spaced, at most."""
-    some = np.linspace(0, len(texts) - 1, min(len(texts), RANKED)).round().astype(int)
-    agreement = _per_text(metrics.rank_correlation, texts[some], student, teacher)
-    return metrics.mean_interval(agreement) | {"floor": 0.0, "ceiling": 1.0}
-
-
-def _per_text(measure, texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """A measure of two score matrices for all texts; blocks of them bound the memory."""
-    blocks = np.array_split(texts, -(-len(texts) // 256))
-    return np.concatenate([measure(block @ student.T, block @ teacher.T) for block in blocks])
+    return {name: group for name, group in figures.items() if group != {}}
 
 
 def _retrieval_csv(figures: dict) -> str:
@@ -207,7 +168,7 @@ def _retrieval_csv(figures: dict) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "k", "who", "recall"])
     for task in ("student_to_teacher", "text_to_image"):
-        for k in metrics.RANKS if task in figures else ():
+        for k in DEPTHS if task in figures else ():
             figure = figures[task][f"R@{k}"]
             for who, value in (("student", "value"), ("chance", "floor"), ("teacher", "ceiling")):
                 writer.writerow([task, k, who, figure[value]])

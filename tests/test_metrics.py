@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation import metrics
+from pipeline.evaluation.grounding import in_boxes
 
 
 def unit(rows: int, size: int = 32, seed: int = 0, around: float = 0.0) -> np.ndarray:
@@ -84,153 +85,98 @@ def test_wilsons_interval_has_its_published_values(hits, n, low, high):
     assert (figure["low"], figure["high"]) == pytest.approx((low, high), abs=1e-4)
 
 
+def captioned(rng, images: int = 68, captions: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Hits of captions whose images differ in how easy they are, and the images: truth 0.5."""
+    owners = np.repeat(np.arange(images), captions)
+    return rng.random(images * captions) < rng.beta(0.5, 0.5, images)[owners], owners
+
+
+@pytest.mark.parametrize("interval", [metrics.share_interval, metrics.mean_interval])
+def test_intervals_take_images_as_the_unit(interval):
+    """They cover the truth 19 times in 20, where captions as the unit cover it far less often."""
+    rng = np.random.default_rng(0)
+    drawn = [captioned(rng) for _ in range(1000)]
+    by_image = [interval(hits, owners) for hits, owners in drawn]
+    by_caption = [interval(hits) for hits, _ in drawn]
+    assert 920 < sum(f["low"] <= 0.5 <= f["high"] for f in by_image) < 975
+    assert sum(f["low"] <= 0.5 <= f["high"] for f in by_caption) < 850
+
+
+@pytest.mark.parametrize("interval", [metrics.share_interval, metrics.mean_interval])
+def test_an_interval_by_images_is_as_wide_as_a_bootstrap_of_images(interval):
+    rng = np.random.default_rng(1)
+    hits, owners = captioned(rng)
+    by_image = hits.reshape(68, 5)
+    means = [by_image[rng.integers(0, 68, 68)].mean() for _ in range(4000)]
+    found = interval(hits, owners)
+    width = np.diff(np.percentile(means, [2.5, 97.5])).item()
+    assert found["high"] - found["low"] == pytest.approx(width, rel=0.06)
+    assert found["value"] == hits.mean()
+
+
+@pytest.mark.parametrize("interval", [metrics.share_interval, metrics.mean_interval])
+def test_one_value_an_image_needs_no_owners(interval):
+    hits = np.random.default_rng(2).random(50) < 0.3
+    assert interval(hits, np.arange(50)) == pytest.approx(interval(hits))
+
+
+def test_captions_that_all_succeed_are_worth_one_hit_an_image():
+    alike = metrics.share_interval(np.ones(50), np.repeat(np.arange(10), 5))
+    assert alike == pytest.approx(metrics.share_interval(np.ones(10)))
+
+
 def test_an_interval_of_a_mean_covers_the_truth_about_19_times_in_20():
     rng = np.random.default_rng(0)
     found = [metrics.mean_interval(rng.normal(3, 2, 50)) for _ in range(1000)]
     assert 920 < sum(f["low"] <= 3 <= f["high"] for f in found) < 970
 
 
-# Ranks
-
-
-def brute_ranks(queries: np.ndarray, gallery: np.ndarray, own: np.ndarray) -> list[int]:
-    ranks = []
-    for query, mine in zip(queries, own, strict=True):
-        scores = [query @ row / np.linalg.norm(row) for row in gallery]
-        ranks.append(sum(score > scores[mine] for score in scores))  # no two are alike
-    return ranks
-
-
-def test_ranks_are_those_of_brute_force_across_blocks():
-    queries, gallery = unit(1500, 8, 1).astype(float), unit(40, 8, 2).astype(float)
-    own = np.random.default_rng(0).integers(0, 40, 1500)
-    gallery *= np.linspace(0.1, 9, 40)[:, None]  # lengths do not matter
-    found = metrics.ranks_of_own(queries, gallery, own)
-    np.testing.assert_array_equal(found, brute_ranks(queries, gallery, own))
-
-
-def test_ties_count_half():
-    same = np.eye(4)[[0, 0, 0, 1]]
-    ranks = metrics.ranks_of_own(np.eye(4)[[0, 1]], same, np.array([0, 3]))
-    np.testing.assert_array_equal(ranks, [1.0, 0.0])
-
-
-def test_the_teacher_retrieves_every_image_of_its_own_first():
-    teacher = unit(100)
-    ranks = metrics.ranks_of_own(teacher, teacher, np.arange(100))
-    assert all(figure["value"] == 1 for figure in metrics.recall(ranks, 100).values())
-
-
-def test_a_random_student_retrieves_at_chance():
-    n = 2000
-    ranks = metrics.ranks_of_own(unit(n, seed=1), unit(n, seed=2), np.arange(n))
-    for k, figure in zip(metrics.RANKS, metrics.recall(ranks, n).values(), strict=True):
-        assert figure["floor"] == k / n
-        assert figure["low"] <= figure["floor"] <= figure["high"]
-
-
-@pytest.mark.parametrize("n", [7, 300])
-def test_a_constant_student_is_never_above_chance(n):
-    """Equal scores must not count as hits: all images answer alike."""
-    constant = np.tile(unit(1), (n, 1))
-    ranks = metrics.ranks_of_own(unit(n, seed=1), constant, np.arange(n))
-    assert np.mean(ranks) == pytest.approx((n - 1) / 2)
-    assert metrics.recall(ranks, n)["R@1"]["value"] <= 1 / n
-
-
-def test_chance_is_no_more_than_certainty():
-    assert metrics.recall(np.zeros(3), 3)["R@10"]["floor"] == 1
-
-
-def test_overlap_is_the_common_share_of_the_best_k():
-    a = np.array([[5, 4, 3, 2, 1], [5, 4, 3, 2, 1]])
-    b = np.array([[5, 4, 3, 2, 1], [1, 2, 3, 4, 5]])
-    np.testing.assert_allclose(metrics.overlap_at(3, a, b), [1, 1 / 3])
-    np.testing.assert_allclose(metrics.overlap_at(10, a, b), [1, 1])
-
-
-# Rank correlation
-
-
-def test_spearmans_correlation_has_its_textbook_value():
-    """The worked example of Wikipedia, "Spearman's rank correlation coefficient": -29/165."""
-    iq = np.array([[106, 100, 86, 101, 99, 103, 97, 113, 112, 110]])
-    hours = np.array([[7, 27, 2, 50, 28, 29, 20, 12, 6, 17]])
-    assert metrics.rank_correlation(iq, hours) == pytest.approx([-29 / 165])
-
-
-def test_rank_correlation_is_scipys_with_ties_and_without():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(40, 30)), rng.integers(0, 4, (40, 30))
-    expected = [stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(metrics.rank_correlation(a, b), expected, atol=1e-12)
-
-
-def test_tied_scores_share_their_ranks():
-    """By hand: ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3 leave 4.5 / sqrt(4.5 * 5)."""
-    tied, apart = np.array([[1, 2, 2, 9]]), np.array([[1, 2, 3, 4]])
-    assert metrics.rank_correlation(tied, apart) == pytest.approx([4.5 / np.sqrt(4.5 * 5)])
-
-
-def test_only_the_order_counts():
-    scores = unit(5, 40).astype(float)
-    np.testing.assert_allclose(metrics.rank_correlation(scores, np.exp(9 * scores)), 1)
-    np.testing.assert_allclose(metrics.rank_correlation(scores, -scores), -1)
-
-
-def test_a_student_that_says_one_thing_of_all_images_agrees_with_nothing():
-    assert metrics.rank_correlation(np.full((2, 9), 0.7), unit(2, 9)).tolist() == [0, 0]
-
-
-def test_unrelated_rankings_agree_at_the_floor():
-    found = metrics.mean_interval(metrics.rank_correlation(unit(500, 30, 1), unit(500, 30, 2)))
-    assert found["low"] < 0 < found["high"]
-
-
 # Pointing
 
 
 GRID = 4
-CENTRES = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), axis=-1).reshape(1, -1, 2) + 0.5
+CENTRES = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), axis=-1).reshape(-1, 2) + 0.5
 CORNER = np.array([[0.0, 0.0, 1.9, 1.9]])  # holds the 4 upper left of 16 patches
+INSIDE = in_boxes(CENTRES, CORNER)[None]
 
 
 def test_a_map_of_the_box_itself_points_perfectly():
-    inside = ((CENTRES < 2).all(axis=2)).astype(float)
-    found = metrics.pointing(inside, CENTRES, CORNER)
+    found = metrics.pointing(INSIDE.astype(float), INSIDE)
     assert found["hit"].all() and found["energy"] == 1 and found["area"] == 0.25
-    assert not found["centre"].any()
+    assert found["reachable"].all()
 
 
 def test_a_map_of_everything_else_never_points():
-    outside = 1.0 - (CENTRES < 2).all(axis=2)
-    found = metrics.pointing(outside, CENTRES, CORNER)
+    found = metrics.pointing(1.0 - INSIDE, INSIDE)
     assert not found["hit"].any() and found["energy"] == 0
 
 
 def test_an_even_map_has_the_boxs_share_of_energy():
-    found = metrics.pointing(np.full((1, 16), 0.3), CENTRES, CORNER)
+    found = metrics.pointing(np.full((1, 16), 0.3), INSIDE)
     assert found["energy"] == pytest.approx(found["area"])
 
 
 def test_random_maps_hit_as_often_as_the_box_is_large():
-    rng = np.random.default_rng(0)
-    n = 4000
-    maps, centres = rng.normal(size=(n, 16)), np.repeat(CENTRES, n, axis=0)
-    found = metrics.share_interval(metrics.pointing(maps, centres, np.tile(CORNER, (n, 1)))["hit"])
+    maps = np.random.default_rng(0).normal(size=(4000, 16))
+    hits = metrics.pointing(maps, np.repeat(INSIDE, 4000, axis=0))["hit"]
+    found = metrics.share_interval(hits)
     assert found["low"] < 0.25 < found["high"]
 
 
 def test_negative_answers_are_no_energy():
-    mixed = np.where((CENTRES < 2).all(axis=2), 1.0, -5.0)
-    assert metrics.pointing(mixed, CENTRES, CORNER)["energy"] == 1
-    assert metrics.pointing(np.full((1, 16), -1.0), CENTRES, CORNER)["energy"] == 0
+    mixed = np.where(INSIDE, 1.0, -5.0)
+    assert metrics.pointing(mixed, INSIDE)["energy"] == 1
+    assert metrics.pointing(np.full((1, 16), -1.0), INSIDE)["energy"] == 0
 
 
-def test_the_centre_baseline_asks_for_the_middle_of_all_patches():
-    middle = np.array([[1.9, 1.9, 2.1, 2.1]])
-    assert metrics.pointing(np.zeros((1, 16)), CENTRES, middle)["centre"].all()
+def test_a_point_lies_in_any_of_several_boxes():
+    both = in_boxes(CENTRES, np.vstack([CORNER, [[3.0, 3.0, 4.0, 4.0]]]))
+    assert both.sum() == 5 and both[15]
+
+
+def test_a_box_that_holds_no_patch_centre_cannot_be_reached():
+    inside = in_boxes(CENTRES, np.array([[0.6, 0.6, 1.4, 1.4]]))[None]
+    assert not metrics.pointing(np.ones((1, 16)), inside)["reachable"].any()
 
 
 # Zero-shot

@@ -36,14 +36,24 @@ def split_vectors(data: Path, split: str) -> tuple[list[str], np.ndarray]:
     return ids, np.concatenate(matrices)
 
 
-def training_mean(data: Path) -> np.ndarray:
-    """(E,) float32: mean of the training split's unit vectors; memory does not grow with it."""
-    total, count = 0.0, 0
+def training_vectors(data: Path) -> Iterator[np.ndarray]:
+    """Blocks (b, E) float32 of the training split's unit vectors; memory does not grow with it.
+
+    Raises PipelineError where there is none.
+    """
+    count = 0
     for batch in _batches(data, VECTORS, ["train"]):
-        vectors = unit_rows(batch["embedding"])
-        total, count = total + vectors.sum(axis=0, dtype=np.float64), count + len(vectors)
+        count += len(batch)
+        yield unit_rows(batch["embedding"])
     if not count:
         raise PipelineError("data/selection keeps no image for train. Run `pipeline select`.")
+
+
+def training_mean(data: Path) -> np.ndarray:
+    """(E,) float32: mean of the training split's unit vectors."""
+    total, count = 0.0, 0
+    for vectors in training_vectors(data):
+        total, count = total + vectors.sum(axis=0, dtype=np.float64), count + len(vectors)
     return (total / count).astype(np.float32)
 
 

@@ -27,8 +27,11 @@ def pointing_figures(
     mean of all stored texts that belong to no single image. All texts of a teacher share most of
     their direction, which says nothing of where a thing is.
 
-    Each beside the boxes' area share (what a random patch gets) as floor, and pointing beside
-    always answering the centre. The boxes' texts were embedded by the teacher's text tower.
+    Boxes of one text in one image count as one: the text cannot say which is meant. Each beside the
+    boxes' area share (what a random patch gets) as floor; the ceiling is the share of texts with a
+    patch centre in a box: small boxes may hold none, and others are cropped away. Pointing also
+    stands beside always answering the centre. The boxes' texts were embedded by the teacher's text
+    tower.
     """
     connection = database.connect(data)
     boxes = dict(connection.execute(BOXES).fetchall())
@@ -38,40 +41,64 @@ def pointing_figures(
     texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
     vector_of = dict(zip(texts, vectors, strict=True))
     rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
+    mean, owners = vectors.mean(axis=0), []
     found: dict[str, list[dict]] = {"pointing": [], "pointing_centred": []}
-    mean = vectors.mean(axis=0)
-    for seen in batches_of(rows, range(len(rows)), batch, workers=workers):
-        patches = _patches(student, seen.pixels)  # (b, N, E)
-        for key, image_patches in zip(seen.ids, patches, strict=True):
-            named = [box for box in boxes.get(key, []) if box["text"] in vector_of]
+    for batch_seen in batches_of(rows, range(len(rows)), batch, workers=workers):
+        patches = _patches(student, batch_seen.pixels)  # (b, N, E)
+        for key, image_patches in zip(batch_seen.ids, patches, strict=True):
+            named = _corners_by_text(boxes.get(key, []), vector_of)
             if named:
-                prompts = np.stack([vector_of[box["text"]] for box in named])  # (r, E)
-                centres = patch_centres(student.config.grid, views[key])
-                corners = np.array([[box[c] for c in ("x0", "y0", "x1", "y1")] for box in named])
-                centres = np.broadcast_to(centres, (len(named), *centres.shape))
+                prompts = np.stack([vector_of[text] for text in named])  # (r, E)
+                centres, middle = patch_centres(student.config.grid, views[key])
+                inside = np.stack([in_boxes(centres, corners) for corners in named.values()])
+                centre = np.array([in_boxes(middle, corners)[0] for corners in named.values()])
+                owners += [key] * len(named)
                 for name, asked in (("pointing", prompts), ("pointing_centred", prompts - mean)):
                     activation = asked @ image_patches.T  # (r, N)
-                    found[name].append(metrics.pointing(activation, centres, corners))
-    if not found["pointing"]:
-        return {}
-    figures: dict = {}
+                    rates = metrics.pointing(activation, inside)
+                    found[name].append(rates | {"centre": centre})
+    return _figures(found, np.array(owners)) if owners else {}
+
+
+def _figures(found: dict[str, list[dict]], owners: np.ndarray) -> dict:
+    """What was found image by image -> figures; owners (r,): the image of each text."""
+    figures: dict = {"pairs": len(owners)}
     for name, parts in found.items():
         rates = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        area, centre = float(rates["area"].mean()), float(rates["centre"].mean())
-        ends = {"floor": area, "ceiling": 1.0}
-        figures["pairs"] = len(rates["hit"])
-        figures[name] = metrics.share_interval(rates["hit"]) | ends | {"centre": centre}
+        ends = {"floor": float(rates["area"].mean()), "ceiling": float(rates["reachable"].mean())}
+        figures[name] = metrics.share_interval(rates["hit"], owners) | ends
+        figures[name]["centre"] = float(rates["centre"].mean())
         energy = name.replace("pointing", "energy")
-        figures[energy] = metrics.mean_interval(rates["energy"]) | ends
+        figures[energy] = metrics.mean_interval(rates["energy"], owners) | ends
     return figures
 
 
-def patch_centres(grid: int, view: list[float]) -> np.ndarray:
-    """(N, 2) x, y of the patches' centres, in px of the stored image; view: its crop box."""
+def _corners_by_text(boxes: list[dict], stored: dict) -> dict[str, np.ndarray]:
+    """text -> (b, 4) corners of all its boxes, of the texts that are stored."""
+    corners: dict[str, list] = {}
+    for box in boxes:
+        if box["text"] in stored:
+            corners.setdefault(box["text"], []).append([box[c] for c in ("x0", "y0", "x1", "y1")])
+    return {text: np.array(found) for text, found in corners.items()}
+
+
+def in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(N,) whether each of (N, 2) points x, y lies in any of (b, 4) boxes x0, y0, x1, y1."""
+    x, y = points[:, :1], points[:, 1:]
+    x0, y0, x1, y1 = boxes.T
+    return ((x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)).any(axis=1)
+
+
+def patch_centres(grid: int, view: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 2) x, y of the patches' centres, and (1, 2) of the view's, in px of the stored image.
+
+    view: its crop box.
+    """
     left, top, right, bottom = view
     steps = (np.arange(grid) + 0.5) / grid
     y, x = np.meshgrid(top + steps * (bottom - top), left + steps * (right - left), indexing="ij")
-    return np.stack([x.ravel(), y.ravel()], axis=1)
+    middle = np.array([[(left + right) / 2, (top + bottom) / 2]])
+    return np.stack([x.ravel(), y.ravel()], axis=1), middle
 
 
 @torch.inference_mode()

@@ -1,6 +1,13 @@
 """The figures of an evaluation as a table for people."""
 
-GROUPS = ("fidelity", "student_to_teacher", "text_to_image", "pointing", "zero_shot")
+GROUPS = (
+    "near_training",
+    "fidelity",
+    "student_to_teacher",
+    "text_to_image",
+    "pointing",
+    "zero_shot",
+)
 
 
 def figures_table(figures: dict) -> str:
@@ -10,7 +17,7 @@ def figures_table(figures: dict) -> str:
         for name, figure in figures.get(group, {}).items():
             if isinstance(figure, dict):
                 interval = f"{figure['low']:.3f} - {figure['high']:.3f}"
-                ends = f"{figure['floor']:.3f}", f"{figure['ceiling']:.3f}"
+                ends = (f"{figure[e]:.3f}" if e in figure else "" for e in ("floor", "ceiling"))
                 title = name if name.startswith(group) else f"{group} {name}"
                 rows.append((title, f"{figure['value']:.3f}", interval, *ends))
                 if "centre" in figure:

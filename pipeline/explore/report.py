@@ -38,11 +38,14 @@ MEANING = {
     "cosine": "between the student's and the teacher's embedding of the same image",
     "l1_norm100": "mean absolute difference of the two, times 100: the published loss",
     "centred_cosine": "after the mean training embedding is taken off both",
+    "near_training": "share of these images whose nearest training image has a higher cosine than "
+    "this, by the teacher: what training has almost seen",
     "student_to_teacher": "the student's vector of an image finds the teacher's of the same one",
     "text_to_image": "a caption finds its own image",
     "overlap@10": "share of the ten best images that student and teacher agree on",
     "rank_correlation": "Spearman's, of the student's and the teacher's order of all images",
-    "pointing": "the patch that answers best to a text lies in its box",
+    "pointing": "the patch that answers best to a text lies in its box; the ceiling is the share of "
+    "texts with a patch in a box",
     "energy": "share of the positive activation that lies in the box",
     "pointing_centred": "pointing, after the mean of all prompts is taken off the text",
     "energy_centred": "energy, after the mean of all prompts is taken off the text",
