@@ -6,6 +6,7 @@ Cost:  the network, and one decode and encode per image; a killed run loses at m
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +19,18 @@ from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, file_digest, libraries, lock
 from pipeline.data import shards
-from pipeline.fetch import decoding, manifest, policy
-from pipeline.fetch.img2dataset import RETRYABLE, FetchRules, fetch_lists, split_error
+from pipeline.fetch import decoding, manifest, masks, policy
+from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
 
 STAGE = "download"
 IMAGE_FACTS = (
     *("status", "error", "attempts", "width", "height", "original_width", "original_height"),
-    *("sha256_original", "sha256", "jpg"),
+    *("original_bytes", "sha256_original", "sha256", "jpg"),
 )
+LISTED = (
+    *("row_id", "image_id", "url", "caption", "captions", "label", "license"),
+    "sha256_expected",
+)  # what a row takes from its manifest as it is
 NO_IMAGE = dict.fromkeys(IMAGE_FACTS)
 
 
@@ -63,6 +68,8 @@ def _recipe(config: DownloadConfig, lists: list[Path]) -> dict:
     return {
         "rules": _rules_recipe(config),
         "pixels": _pixels_recipe(config),
+        "shards": shards.VERSION,
+        "masks": masks.VERSION,
         "lists": {path.name: file_digest(path) for path in lists},
     }
 
@@ -75,8 +82,11 @@ def _rules_recipe(config: DownloadConfig) -> dict:
 
 def _pixels_recipe(config: DownloadConfig) -> dict:
     """What decides the bytes of a stored image."""
-    versions = {"pixels": decoding.VERSION, "shards": shards.VERSION}
-    return {"image_size": config.image_size, "quality": config.quality, **versions}
+    return {
+        "image_size": config.image_size,
+        "quality": config.quality,
+        "pixels": decoding.VERSION,
+    }
 
 
 def _fill(work, config, lists, processes, threads, retry) -> None:
@@ -136,9 +146,11 @@ def _earlier(work: Work, name: str, config, retry: bool) -> tuple[dict, dict[str
     for folder in [work.folder, *work.earlier()] if retry else work.earlier():
         if (folder / name).is_file():
             made = shards.provenance(folder / name, STAGE)
+            made["pixels"].pop("shards", None)  # of earlier versions: decides columns, not pixels
             if made["pixels"] == _pixels_recipe(config):
                 columns = ["image_id", *IMAGE_FACTS]
-                rows = shards.read_shard(folder / name, STAGE, columns).to_pylist()
+                table = shards.read_earlier(folder / name, STAGE, shards.IMAGES, columns)
+                rows = table.to_pylist()
                 return made, {row.pop("image_id"): row for row in rows if row["attempts"]}
     return {}, {}
 
@@ -172,6 +184,7 @@ def _fetched(raw: Path, wanted: Path, earlier: dict[str, dict]) -> Iterator[tupl
                 "status": "ok",
                 "sha256_original": row["sha256"],
                 "sha256": hashlib.sha256(row["jpg"]).hexdigest(),
+                "original_bytes": int(json.loads(row["exif"])[SIZE]),
                 **{name: row[name] for name in ("jpg", *IMAGE_FACTS[3:7])},
             }
         else:
@@ -182,7 +195,8 @@ def _fetched(raw: Path, wanted: Path, earlier: dict[str, dict]) -> Iterator[tupl
 
 def _commit(work: Work, config, path: Path, rows: list[dict], known: dict[str, dict]) -> None:
     """Write one canonical shard: the list's rows, each with its image or its status."""
-    table = pa.Table.from_pylist([_row(row, known) for row in rows], schema=shards.IMAGES)
+    root = Path(config.root)
+    table = pa.Table.from_pylist([_row(row, known, root) for row in rows], schema=shards.IMAGES)
     made = {
         "stage": STAGE,
         "rules": _rules_recipe(config),
@@ -196,16 +210,21 @@ def _commit(work: Work, config, path: Path, rows: list[dict], known: dict[str, d
     )
 
 
-def _row(row: dict, known: dict[str, dict]) -> dict:
+def _row(row: dict, known: dict[str, dict], root: Path) -> dict:
     if not row["url"].strip():
         facts = NO_IMAGE | {"status": "empty_url", "error": "the manifest row has no url"}
     elif row["occurrence"]:
         facts = NO_IMAGE | {"status": "duplicate_url", "error": "an earlier row has this url"}
     else:
         facts = known[row["image_id"]]
-    return {
-        key: row[key] for key in ("row_id", "image_id", "url", "caption", "captions", "label")
-    } | (facts | {"boxes": _scaled(row["boxes"], facts)})
+    made = {name: row[name] for name in LISTED} | facts
+    made["boxes"] = _scaled(row["boxes"], facts)
+    if row["mask"] and facts["status"] == "ok":
+        try:
+            made["mask"] = masks.stored_mask(row["mask"], root, facts)
+        except masks.MaskError as error:  # the image is good all the same
+            made["error"] = f"mask: {error}"
+    return made
 
 
 def _scaled(boxes: list[dict] | None, facts: dict) -> list[dict] | None:

@@ -122,7 +122,7 @@ def _write_index(work: Work, config, data: Path, student: Student, workers: int)
                     partial(
                         shards.write_shard,
                         schema=schema,
-                        groups=shards.in_groups(table),
+                        groups=shards.in_groups(table, shards.TABLE_ROWS_PER_GROUP),
                         provenance=made,
                     ),
                 )

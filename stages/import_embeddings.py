@@ -109,7 +109,8 @@ def import_embeddings(
                 tables = _image_tables(shard, vectors, preprocessing, size)
                 _commit(work, f"images/{name}", shards.teacher_schema(size), tables)
                 _commit_texts(work, f"texts/{name}", _captions(shard, captions), size)
-            _commit_texts(work, PROMPTS, [(None, t, prompts[t]) for t in sorted(prompts)], size)
+            texts_alone = [(None, text, prompts[text]) for text in sorted(prompts)]
+            _commit_texts(work, PROMPTS, [texts_alone], size)
             names = [f"{room}/{name}" for name in images["files"] for room in ("images", "texts")]
             summary = {"teacher": teacher, "embedding_size": size, "preprocessing": preprocessing}
             summary |= {"dtype": "imported", "fidelity": None, "views": 1}
@@ -317,24 +318,33 @@ def _image_tables(shard: Path, vectors: dict, how: dict, size: int) -> Iterator[
             yield pa.table({field.name: columns[field.name] for field in schema}).cast(schema)
 
 
-def _captions(shard: Path, captions: dict) -> list[tuple]:
-    """(image_id, text, place) of a shard's images, in their order."""
-    ids = shards.read_shard(shard, "download", ["image_id"])["image_id"].to_pylist()
-    return [(k, t, place) for k in dict.fromkeys(ids) for t, place in captions.get(k, {}).items()]
+def _captions(shard: Path, captions: dict) -> list[list[tuple]]:
+    """(image_id, text, place) of each row group's images, in their order, each image once."""
+    groups, seen = [], set()
+    with shards.open_shard(shard, "download") as file:
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, columns=["image_id"])["image_id"].to_pylist()
+            new = [key for key in dict.fromkeys(ids) if key not in seen]
+            groups.append([(k, t, place) for k in new for t, place in captions.get(k, {}).items()])
+            seen.update(new)
+    return groups
 
 
-def _commit_texts(work: Work, name: str, rows: list[tuple], size: int) -> None:
+def _commit_texts(work: Work, name: str, groups: list[list[tuple]], size: int) -> None:
+    schema = shards.texts_schema(size)
+    _commit(work, name, schema, [_text_table(rows, size).cast(schema) for rows in groups])
+
+
+def _text_table(rows: list[tuple], size: int) -> pa.Table:
     matrix = np.array([place.unit() for *_, place in rows], np.float16).reshape(len(rows), size)
-    table = pa.table(
+    return pa.table(
         {
-            "text_id": [text_id(key, text) for key, text, _ in rows],
+            "text_id": pa.array([text_id(key, text) for key, text, _ in rows], pa.string()),
             "image_id": pa.array([key for key, *_ in rows], pa.string()),
-            "text": [text for _, text, _ in rows],
+            "text": pa.array([text for _, text, _ in rows], pa.string()),
             "embedding": shards.embedding_column(matrix),
         }
     )
-    schema = shards.texts_schema(size)
-    _commit(work, name, schema, shards.in_groups(table.cast(schema)))
 
 
 def _commit(work: Work, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:

@@ -48,7 +48,7 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
                 partial(
                     shards.write_shard,
                     schema=shards.SELECTION,
-                    groups=shards.in_groups(table),
+                    groups=shards.in_groups(table, shards.TABLE_ROWS_PER_GROUP),
                     provenance=made,
                 ),
             )

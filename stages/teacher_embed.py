@@ -56,15 +56,11 @@ def teacher_embed(
             "teacher": teacher_recipe(read_card(card_path), card_path),
             "dtype": config.dtype,
             "batch": config.batch,
-            "versions": {
-                "pixels": pixels.VERSION,
-                "shards": shards.VERSION,
-                "views": views.VERSION,
-            },
+            "versions": {"pixels": pixels.VERSION, "views": views.VERSION},
         }
         crops = config.model_dump(include={"crop_area", "crop_ratio", "seed"})
         prompts = _prompts(config, data / "images")
-        recipe = vectors | {"crops": crops, "views": config.views}
+        recipe = vectors | {"crops": crops, "views": config.views, "shards": shards.VERSION}
         recipe |= {"images": content(images), "prompts": digest(prompts)}
         recipe |= {"texts_version": TEXTS_VERSION}
         work = Work(data, STAGE, data / "teacher", recipe)
@@ -119,11 +115,11 @@ def _origins(images: dict, vectors: dict, crops: dict, count: int, prompts: list
     """Every file of the out, with all that determines its bytes."""
     origins = {}
     for name, entry in images["files"].items():
-        made = vectors | {"input": entry["sha256"]}
+        made = vectors | {"input": entry["sha256"], "shards": shards.VERSION}
         origins[f"texts/{name}"] = made | {"texts_version": TEXTS_VERSION}
         origins[f"images/{name}"] = made | {"crops": crops, "views": count}
-    made = vectors | {"input": digest(prompts), "texts_version": TEXTS_VERSION}
-    return origins | {PROMPTS: made}
+    made = vectors | {"input": digest(prompts), "shards": shards.VERSION}
+    return origins | {PROMPTS: made | {"texts_version": TEXTS_VERSION}}
 
 
 def _settled(work: Work, name: str, origin: dict) -> bool:
@@ -180,12 +176,11 @@ def _embed(teacher, work, config, images, missing, origins, prompts, workers) ->
                 bar.update(sum(table.num_rows for table in tables) - (len(known) - before))
                 schema = shards.teacher_schema(size)
             else:
-                rows = [(None, text) for text in prompts]
-                if name != PROMPTS:
-                    rows = _captions(source)
+                groups = _in_groups(prompts) if name == PROMPTS else _captions(source)
                 known = _known_texts(work, name, origins[name], teacher)
-                found = text_vectors(teacher, [text for _, text in rows], config.batch, known)
-                tables = shards.in_groups(_text_table(rows, found, size))
+                texts = [text for rows in groups for _, text in rows]
+                found = text_vectors(teacher, texts, config.batch, known)
+                tables = [_text_table(rows, found, size) for rows in groups]
             made = origins[name] | extra
             write = partial(shards.write_shard, schema=schema, groups=tables, provenance=made)
             work.commit(name, write)
@@ -206,6 +201,7 @@ def _earlier_shards(work: Work, name: str, origin: dict, keys: tuple[str, ...]):
     for folder in work.earlier():
         if (folder / name).is_file():
             made = shards.provenance(folder / name, STAGE)
+            made.get("versions", {}).pop("shards", None)  # decides columns, and no vector
             if all(made.get(key) == origin[key] for key in keys):
                 yield made, shards.read_shard(folder / name, STAGE)
 
@@ -239,11 +235,23 @@ def _known_texts(work: Work, name: str, origin: dict, teacher: Teacher) -> dict[
     return known
 
 
-def _captions(shard: Path) -> list[tuple[str, str]]:
-    """(image_id, caption), each once, in the shard's order; captions of lost images too."""
-    table = shards.read_shard(shard, "download", ["image_id", "captions"])
-    rows = zip(table["image_id"].to_pylist(), table["captions"].to_pylist(), strict=True)
-    return list(dict.fromkeys((key, text) for key, texts in rows for text in texts or []))
+def _captions(shard: Path) -> list[list[tuple[str, str]]]:
+    """(image_id, caption), each once, of each row group of a shard; captions of lost images too."""
+    groups: list[list[tuple[str, str]]] = []
+    seen: set[tuple[str, str]] = set()
+    with shards.open_shard(shard, "download") as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["image_id", "captions"])
+            rows = zip(table["image_id"].to_pylist(), table["captions"].to_pylist(), strict=True)
+            pairs = dict.fromkeys((key, text) for key, texts in rows for text in texts or [])
+            groups.append([pair for pair in pairs if pair not in seen])
+            seen.update(pairs)
+    return groups
+
+
+def _in_groups(prompts: list[str]) -> list[list[tuple[None, str]]]:
+    rows, size = [(None, text) for text in prompts], shards.ROWS_PER_GROUP
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _text_table(rows: list[tuple], found: dict[str, np.ndarray], size: int) -> pa.Table:

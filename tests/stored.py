@@ -27,10 +27,13 @@ def write_data(data: Path, count: int = 60, damaged: tuple[int, ...] = ()) -> li
         name, rows = f"{start // PER_SHARD:05}.parquet", [image(i, i in damaged) for i in numbers]
         groups = [rows[k : k + GROUP] for k in range(0, len(rows), GROUP)]
         teacher = [[target(row, v) for row in group] for v in range(VIEWS) for group in groups]
-        texts = [text(row, t) for row in rows for t in range(2 if row["attempts"] % 3 == 0 else 0)]
+        texts = [
+            [text(row, t) for row in group for t in range(2 if row["attempts"] % 3 == 0 else 0)]
+            for group in groups
+        ]
         _write(data / "images" / name, shards.IMAGES, groups)
         _write(data / "teacher/images" / name, shards.teacher_schema(SIZE), teacher)
-        _write(data / "teacher/texts" / name, shards.texts_schema(SIZE), [texts])
+        _write(data / "teacher/texts" / name, shards.texts_schema(SIZE), texts)
         for i, row in zip(numbers, rows, strict=True):
             kept = {"split": "val" if i % 7 == 0 else "train", "keep": i % 11 != 10}
             selection.append({"image_id": row["image_id"]} | kept)

@@ -2,6 +2,9 @@
 and however a run ends, the next one ends in the same bytes.
 """
 
+import hashlib
+import io
+import json
 import os
 import shutil
 import signal
@@ -10,12 +13,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import server as web
 import worlds
+from PIL import Image
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import digest
+from pipeline.data import shards
 from stages.download import download
 
 ROOT = Path(__file__).parents[1]
@@ -265,3 +272,71 @@ def test_strangers_in_the_out_are_refused_before_anything_is_fetched(world, site
         run(tmp_path, world[1], world[2])
     assert not requested(site)
     assert (tmp_path / "data/images/holiday.jpg").read_bytes() == b"mine"
+
+
+# What stands beside an image
+
+
+def grey(path: Path, values: np.ndarray, mode: str | None = None) -> None:
+    Image.fromarray(values.astype(np.uint8)).convert(mode).save(path)
+
+
+def test_licence_mask_expected_hash_and_byte_count_stand_beside_the_image(tmp_path):
+    """The mask is of the stored size, each pixel one of its indices; a bad one costs itself."""
+    indices = np.repeat(np.repeat(np.arange(20).reshape(4, 5), 20, axis=0), 20, axis=1)  # 80 x 100
+    grey(tmp_path / "good.png", indices)
+    grey(tmp_path / "small.png", indices[:10])
+    grey(tmp_path / "colours.png", indices, "RGB")
+    photo = worlds.picture(1, 100, 80)
+    rows = []
+    for name in ("good", "small", "colours", "missing"):
+        (tmp_path / f"{name}.jpg").write_bytes(photo)
+        row = {"url": f"file:{name}.jpg", "mask": f"file:{name}.png", "license": "CC0"}
+        rows.append(row | {"sha256": hashlib.sha256(photo).hexdigest().upper()})
+    data = tmp_path / "data"
+    manifest = worlds.write_manifest(tmp_path / "manifest.csv", rows)
+    config = worlds.download_config(manifest, tmp_path, buckets=1)
+    download(config, data, processes=1, threads=2)
+    table = shards.read_shard(data / "images/00000.parquet", "download")
+    found = {row["url"]: row for row in table.to_pylist()}
+    for row in found.values():
+        assert row["status"] == "ok" and row["license"] == "CC0"
+        assert row["original_bytes"] == len(photo)
+        assert row["sha256_expected"] == row["sha256_original"]
+    good = found["file:good.jpg"]
+    stored = np.asarray(Image.open(io.BytesIO(good["mask"])))
+    assert stored.shape == (good["height"], good["width"]) == (32, 40)
+    np.testing.assert_array_equal(np.unique(stored), np.arange(20))
+    np.testing.assert_array_equal(stored[::8, ::8], np.arange(20).reshape(4, 5))
+    for name, reason in {
+        "small": "mask: 100 x 10 px, its image has 40 x 32 or 100 x 80",
+        "colours": "mask: mode RGB has no class indices; expected grey or palette",
+        "missing": "mask: not_found",
+    }.items():
+        assert found[f"file:{name}.jpg"]["mask"] is None
+        assert found[f"file:{name}.jpg"]["error"].startswith(reason)
+
+
+def test_a_shard_of_an_earlier_version_is_read_and_nothing_is_fetched_again(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(worlds.picture(1, kind="JPEG"))
+    manifest = worlds.write_manifest(tmp_path / "manifest.csv", [{"url": "file:a.jpg"}])
+    config, data = worlds.download_config(manifest, tmp_path, buckets=1), tmp_path / "data"
+    download(config, data, processes=1, threads=1)
+    path = data / "images/00000.parquet"
+    table, made = shards.read_shard(path, "download"), shards.provenance(path, "download")
+    made["pixels"]["shards"] = 1
+    older = table.drop_columns(["license", "mask", "sha256_expected", "original_bytes"])
+    schema = older.schema.remove_metadata()
+    path.unlink()
+    shards.write_shard(path, schema, [older], made)
+    with pytest.raises(PipelineError, match=r"earlier version .*license.* Run `pipeline download`"):
+        shards.read_shard(path, "download", ["license"])
+    stamp = json.loads((data / "images/_stamp.json").read_text())
+    shutil.rmtree(data / ".work")
+    worlds.forge_stamp(data / "images", lambda old: old.update(stamp=digest("version 1")))
+    monkeypatch.setattr("stages.download.fetch_lists", None)
+    assert download(config, data, processes=1, threads=1) == {"ok": 1}
+    again = shards.read_shard(path, "download")
+    assert again.schema.names == shards.IMAGES.names
+    assert again["jpg"] == table["jpg"] and again["original_bytes"].to_pylist() == [None]
+    assert json.loads((data / "images/_stamp.json").read_text())["stamp"] == stamp["stamp"]

@@ -14,8 +14,12 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 
-VERSION = 1  # raise it when a schema or the order of rows changes
+VERSION = 2  # raise it when a schema or the order of rows changes
 ROWS_PER_GROUP = 256  # bounds a reader's memory: some megabytes of JPEGs
+TABLE_ROWS_PER_GROUP = (
+    65_536  # of tables without images: counts are fast, Parquet takes 32,767 groups
+)
+REPEATED = {"status", "label", "license", "split", "reason"}  # columns of few values
 
 BOX = pa.struct([("text", pa.string()), *[(c, pa.float32()) for c in ("x0", "y0", "x1", "y1")]])
 
@@ -27,7 +31,10 @@ IMAGES = pa.schema(
         ("caption", pa.string()),  # the first one
         ("captions", pa.list_(pa.string())),
         ("label", pa.string()),
+        ("license", pa.string()),
         ("boxes", pa.list_(BOX)),  # in px of the stored image
+        ("mask", pa.binary()),  # PNG of class indices, of the stored image's size
+        ("sha256_expected", pa.string()),  # the manifest's own, of the bytes at url
         ("status", pa.string()),  # ok, or why there is no image
         ("error", pa.string()),
         ("attempts", pa.int32()),  # fetches so far
@@ -35,6 +42,7 @@ IMAGES = pa.schema(
         ("height", pa.int32()),
         ("original_width", pa.int32()),
         ("original_height", pa.int32()),
+        ("original_bytes", pa.int64()),  # that were fetched
         ("sha256_original", pa.string()),  # of the fetched bytes
         ("sha256", pa.string()),  # of jpg
         ("jpg", pa.binary()),
@@ -70,7 +78,11 @@ def teacher_schema(embedding_size: int) -> pa.Schema:
 
 
 def texts_schema(embedding_size: int) -> pa.Schema:
-    """One row per caption of an image, and one per prompt (image_id null)."""
+    """One row per caption of an image, and one per prompt (image_id null).
+
+    Row group g of texts/NNNNN.parquet holds the captions of row group g of images/NNNNN.parquet,
+    in its order, so that both are read through one window.
+    """
     return pa.schema(
         [
             ("text_id", pa.string()),
@@ -124,10 +136,10 @@ def write_shard(
 ) -> None:
     """Write tables as row groups, one each. Images and embeddings stay uncompressed: it buys nothing."""
     schema = schema.with_metadata({"provenance": json.dumps(provenance, sort_keys=True)})
-    plain = {"jpg", "embedding"}
+    plain = {"jpg", "mask", "embedding"}
     leaves = [pq_path for field in schema for pq_path in _leaves(field)]
     codecs = {name: "none" if name.split(".")[0] in plain else "zstd" for name in leaves}
-    dictionary = [name for name in leaves if name.split(".")[0] in {"status", "label", "split"}]
+    dictionary = [name for name in leaves if name.split(".")[0] in REPEATED]
     with pq.ParquetWriter(
         path, schema, compression=codecs, use_dictionary=dictionary, write_page_checksum=True
     ) as writer:
@@ -146,10 +158,10 @@ def _leaves(field: pa.Field, prefix: str = "") -> list[str]:
     return [name]
 
 
-def in_groups(table: pa.Table) -> Iterable[pa.Table]:
-    """Slices of ROWS_PER_GROUP rows."""
-    for start in range(0, table.num_rows, ROWS_PER_GROUP):
-        yield table.slice(start, ROWS_PER_GROUP)
+def in_groups(table: pa.Table, rows: int = ROWS_PER_GROUP) -> Iterable[pa.Table]:
+    """Slices of so many rows."""
+    for start in range(0, table.num_rows, rows):
+        yield table.slice(start, rows)
 
 
 def shard_paths(folder: Path, stage: str) -> list[Path]:
@@ -178,8 +190,27 @@ def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.T
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
     if missing := set(columns or ()) - set(table.column_names):
+        if b"provenance" in (table.schema.metadata or {}):
+            raise PipelineError(
+                f"{path} was written by an earlier version (no column {', '.join(sorted(missing))}). "
+                f"Run `pipeline {stage}`: what it holds is taken over, not paid for again."
+            )
         raise _foreign(path, stage, f"no column {', '.join(sorted(missing))}")
     return table
+
+
+def read_earlier(path: Path, stage: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    """Columns of a shard that an earlier version may have written: what it did not know is null.
+
+    Raises PipelineError where the shard is damaged or foreign.
+    """
+    with open_shard(path, stage) as file:
+        known = set(file.schema_arrow.names)
+    table = read_shard(path, stage, [name for name in columns if name in known])
+    for name in columns:
+        if name not in known:
+            table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+    return table.select(columns)
 
 
 def provenance(path: Path, stage: str) -> dict:

@@ -1,9 +1,11 @@
 """A list of images that a person wrote -> one list per shard, every row exactly once.
 
 CSV or Parquet with `url` and optional `caption` (text, or a list of texts; in CSV a JSON list),
-`label`, and `boxes` (text, x0, y0, x1, y1 in px of the original image; in CSV a JSON list of such
-objects). An image's id is the hash of its url as written, so reordering a manifest renames
-nothing, and its shard is a bucket of that id, so an added row touches one shard.
+`label`, `license`, `boxes` (text, x0, y0, x1, y1 in px of the original image; in CSV a JSON list of
+such objects), `mask` (a `file:` path below the root: a PNG of class indices) and `sha256` (64 hex
+digits: of the bytes that were agreed on). An image's id is the hash of its url as written, so
+reordering a manifest renames nothing, and its shard is a bucket of that id, so an added row
+touches one shard.
 """
 
 import hashlib
@@ -17,9 +19,10 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import PARTIAL
 from pipeline.fetch.policy import FetchError, local_path
 
-VERSION = 1  # raise it when ids, buckets or the reading of a manifest change
+VERSION = 2  # raise it when ids, buckets or the reading of a manifest change
 
-COLUMNS = {"url", "caption", "label", "boxes"}
+COLUMNS = {"url", "caption", "label", "license", "boxes", "mask", "sha256"}
+PLAIN = ("label", "license", "mask", "sha256")  # texts that are taken as they are
 # One dialect and no sniffing, which takes `#` for a comment and `;` in a url for a separator.
 CSV = "header = true, all_varchar = true, delim = ',', quote = '\"', escape = '\"', comment = '', skip = 0"
 BOXES = 'STRUCT("text" VARCHAR, x0 FLOAT, y0 FLOAT, x1 FLOAT, y1 FLOAT)[]'
@@ -33,9 +36,10 @@ def image_id(url: str) -> str:
 def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[Path]:
     """Partition a manifest into folder/NNNNN.parquet, one list per bucket, empty ones too.
 
-    A list's columns: row_id, image_id, url, caption, captions, label, boxes, occurrence (0 for
-    the first row with its url), content (SHA-256 of a local file's bytes, else null); sorted by
-    image_id and occurrence. Memory stays flat: DuckDB spills to folder.
+    A list's columns: row_id, image_id, url, caption, captions, label, license, boxes, mask,
+    sha256_expected, occurrence (0 for the first row with its url), content and mask_content
+    (SHA-256 of a local file's bytes, else null); sorted by image_id and occurrence.
+    Memory stays flat: DuckDB spills to folder.
 
     Raises PipelineError: no manifest, not CSV or Parquet, no url column, no rows, a column of
     another type, a box without text or area.
@@ -51,13 +55,9 @@ def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[
             null_handling="special",
             side_effects=False,
         )
-        source, captions, boxes, label = _columns(connection, manifest)
+        columns = _columns(connection, manifest)
         try:
-            connection.execute(
-                _ROWS.format(
-                    source=source, captions=captions, boxes=boxes, label=label, buckets=buckets
-                )
-            )
+            connection.execute(_ROWS.format(buckets=buckets, **columns))
         except duckdb.Error as error:
             raise PipelineError(
                 f"{manifest} cannot be read as a manifest: {_line(error)}"
@@ -66,7 +66,7 @@ def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[
         return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
 
 
-def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
+def _columns(connection, manifest: Path) -> dict[str, str]:
     """SQL expressions for the source and its optional columns, whatever their form."""
     if not manifest.is_file():
         raise PipelineError(
@@ -91,7 +91,7 @@ def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
     if "url" not in types:
         raise PipelineError(
             f"{manifest} has no column `url`; found {', '.join(types)}. Expected url and optionally "
-            "caption, label, boxes."
+            f"{', '.join(sorted(COLUMNS - {'url'}))}."
         )
     caption_type = types.get("caption", "")
     captions = "CAST([] AS VARCHAR[])"
@@ -107,7 +107,8 @@ def _columns(connection, manifest: Path) -> tuple[str, str, str, str]:
     if "boxes" in types:
         as_list = "boxes" if types["boxes"].endswith("[]") else "CAST(boxes AS JSON)"
         boxes = f"CAST({as_list} AS {BOXES})"
-    return source, captions, boxes, "label" if "label" in types else "NULL"
+    plain = {name: name if name in types else "NULL" for name in PLAIN}
+    return {"source": source, "captions": captions, "boxes": boxes, **plain}
 
 
 def _check(connection, manifest: Path) -> None:
@@ -131,7 +132,10 @@ _ROWS = """
 CREATE TABLE rows AS
 WITH written AS (
     SELECT coalesce(CAST(url AS VARCHAR), '') AS url, {captions} AS captions,
-           CAST({label} AS VARCHAR) AS label, {boxes} AS boxes, row_number() OVER () AS place
+           CAST({label} AS VARCHAR) AS label, CAST({license} AS VARCHAR) AS license,
+           {boxes} AS boxes, nullif(trim(CAST({mask} AS VARCHAR)), '') AS mask,
+           nullif(lower(trim(CAST({sha256} AS VARCHAR))), '') AS sha256_expected,
+           row_number() OVER () AS place
     FROM {source}
 ), numbered AS (
     SELECT *, row_number() OVER (PARTITION BY url ORDER BY place) - 1 AS occurrence,
@@ -140,8 +144,9 @@ WITH written AS (
 )
 SELECT substr(sha256(url || chr(10) || occurrence), 1, 32) AS row_id, image_id, url,
        list_filter(coalesce(captions, []), lambda c: c IS NOT NULL AND trim(c) <> '') AS captions,
-       label, boxes, occurrence,
+       label, license, boxes, mask, sha256_expected, occurrence,
        CASE WHEN url ILIKE 'file:%' AND occurrence = 0 THEN content(url) END AS content,
+       CASE WHEN mask ILIKE 'file:%' AND occurrence = 0 THEN content(mask) END AS mask_content,
        CAST(('0x' || image_id[1:8])::UBIGINT % {buckets} AS INTEGER) AS bucket
 FROM numbered ORDER BY bucket, image_id, occurrence
 """
@@ -151,8 +156,9 @@ def _write_list(connection, bucket: int, folder: Path) -> Path:
     path = folder / f"{bucket:05}.parquet"
     partial = path.with_name(path.name + PARTIAL)
     connection.execute(
-        f"COPY (SELECT row_id, image_id, url, captions[1] AS caption, captions, label, boxes, "
-        f"occurrence, content FROM rows WHERE bucket = {bucket} ORDER BY image_id, occurrence) "
+        "COPY (SELECT row_id, image_id, url, captions[1] AS caption, captions, label, license, "
+        "boxes, mask, sha256_expected, occurrence, content, mask_content FROM rows "
+        f"WHERE bucket = {bucket} ORDER BY image_id, occurrence) "
         f"TO '{str(partial).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)"
     )
     return partial.replace(path)

@@ -29,6 +29,7 @@ from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.fetch.manifest import image_id
+from pipeline.fetch.masks import png_size
 from pipeline.fetch.policy import STATUSES
 
 ROOMS = {  # in the order in which data flows
@@ -262,6 +263,8 @@ def _wrong_with(row: dict) -> str | None:
         return f"the JPEG does not decode: {error}"
     if (width, height) != (row["width"], row["height"]):
         return f"the JPEG is {width} x {height} px, its row says {row['width']} x {row['height']}"
+    if row["mask"] is not None and (found := png_size(row["mask"])) != (width, height):
+        return f"the mask is {found or 'no PNG'}, its image {width} x {height} px"
     return None
 
 
