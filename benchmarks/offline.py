@@ -28,10 +28,9 @@ from worlds import full_size_card, photos, write_data
 
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
-from pipeline.core.provenance import read_stamp
+from pipeline.core.provenance import teacher_summary
 from pipeline.data.embeddings import training_mean
 from pipeline.data.views import random_view
-from pipeline.models.student import Preprocessing
 from pipeline.models.teacher import Teacher
 from pipeline.training.batches import Epochs, Rows, training_batches
 from pipeline.training.distributed import Ranks
@@ -108,7 +107,9 @@ def print_quality(args, data: Path) -> None:
         print(f"| {name} | {cells} | {seconds:.0f} | {disk} |", flush=True)
 
     def rows(**options) -> Rows:
-        return Rows(data, "train", base.student.image_size, teacher.interpolation, **options)
+        return Rows(
+            data, "train", base.student.image_size, teacher.preprocessing.interpolation, **options
+        )
 
     for count in (1, *args.views):
         began = time.monotonic()
@@ -122,15 +123,16 @@ def print_quality(args, data: Path) -> None:
             )
         else:
             line(f"{count} views", lambda count=count: rows(views=count), seconds=seconds)
-    fresh = FreshViews(data, "train", base.student.image_size, teacher.interpolation, crops=crops)
+    fresh = FreshViews(
+        data, "train", base.student.image_size, teacher.preprocessing.interpolation, crops=crops
+    )
     line("online, new crops every step", lambda: fresh, teacher.embed_images)
 
 
 def train(config: DistillConfig, data: Path, rows: Rows, targets: Callable | None) -> Student:
     """A student after config.steps; targets: from a batch's pixels, or None for the stored ones."""
     torch.manual_seed(config.seed)
-    how = read_stamp(data / "teacher", "teacher_embed")["summary"]["preprocessing"]
-    how = Preprocessing(**{name: how[name] for name in ("mean", "std", "interpolation")})
+    how = teacher_summary(data).preprocessing
     student = Student(config.student, how)
     trainer = Trainer(config, student, training_mean(data), Ranks(CPU))
     epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)

@@ -99,7 +99,7 @@ def teacher_embed(
     from stages.teacher_embed import teacher_embed as run
 
     summary = run(load_section(params, "teacher_embed"), data, device=device, workers=workers)
-    counts = {name: summary[name] for name in ("images", "texts", "views", "dtype")}
+    counts = summary.model_dump(include={"images", "texts", "views", "dtype"})
     _report("teacher_embed", counts, data / "teacher")
 
 

@@ -74,7 +74,7 @@ def import_embeddings(
 
     teacher = read_card(card)
     how = stated_preprocessing(teacher, card)
-    named = teacher.model_dump(exclude={"golden"})
-    summary = run(data, source, teacher=named, texts=texts or [], preprocessing=how)
+    summary = run(data, source, teacher=teacher.named(), texts=texts or [], preprocessing=how)
+    counts = {"images": summary.images, "texts": summary.texts} | summary.further_counts
     counted = ("images", "images without embedding", "embeddings without image", "texts")
-    typer.echo(", ".join(f"{summary[name]} {name}" for name in counted) + f" in {data / 'teacher'}")
+    typer.echo(", ".join(f"{counts[name]} {name}" for name in counted) + f" in {data / 'teacher'}")

@@ -17,18 +17,20 @@ from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import (
     Work,
-    command,
-    content,
+    contents,
     libraries,
     lock,
     read_stamp,
+    require_inputs,
+    teacher_summary,
     write_json,
 )
+from pipeline.core.records import Recipe, TeacherSummary
 from pipeline.data import views
 from pipeline.data.embeddings import training_mean
 from pipeline.data.runs import append_run
 from pipeline.models import student as students
-from pipeline.models.student import Preprocessing, Student
+from pipeline.models.student import Student
 from pipeline.training import batches, trainer
 from pipeline.training.batches import Epochs, Rows, batches_of, training_batches
 from pipeline.training.distributed import Ranks
@@ -68,23 +70,15 @@ def distill(
                 if resume:
                     _refuse_another_run(work)
                 _train(work, config, data, teacher, ranks, workers)
-            return read_stamp(work.out, STAGE)["summary"]
+            return read_stamp(work.out, STAGE).summary
     finally:
         ranks.end()
 
 
-def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
+def _recipe(config: DistillConfig, data: Path) -> tuple[Recipe, TeacherSummary]:
     """What determines the student, and what is known of its teacher."""
-    images = content(read_stamp(data / "images", "download"))
-    teacher = read_stamp(data / "teacher", "teacher_embed")
-    selection = read_stamp(data / "selection", "select")
-    made_from = teacher["recipe"]["images"], selection["recipe"]["images"]
-    if made_from != (images, images) or selection["recipe"]["teacher"] != content(teacher):
-        raise PipelineError(
-            "data/images, data/teacher and data/selection are not of one run. Run "
-            f"`pipeline {command(teacher['stage'])}`, then `pipeline select`."
-        )
-    size = teacher["summary"]["embedding_size"]
+    inputs, teacher = require_inputs(data, STAGE), teacher_summary(data)
+    size = teacher.embedding_size
     if size != config.student.embedding_size:
         raise PipelineError(
             f"the teacher's embeddings have {size} values, distill.student.embedding_size is "
@@ -92,9 +86,8 @@ def _recipe(config: DistillConfig, data: Path) -> tuple[dict, dict]:
         )
     versions = {"batches": batches.VERSION, "loop": trainer.VERSION, "student": students.FORMAT}
     versions["views"] = views.VERSION
-    recipe = {"config": config.model_dump(), "versions": versions, "images": images}
-    recipe |= {"teacher": content(teacher), "selection": content(selection)}
-    return recipe, teacher["summary"]
+    recipe = Recipe(parameters=config.model_dump(), versions=versions, inputs=contents(inputs))
+    return recipe, teacher
 
 
 def _refuse_another_run(work: Work) -> None:
@@ -102,7 +95,9 @@ def _refuse_another_run(work: Work) -> None:
         return
     for folder in work.earlier():
         if (folder / CHECKPOINT).is_file() and (folder / RECIPE).is_file():
-            changed = _differences(json.loads((folder / RECIPE).read_text()), work.recipe)
+            changed = _differences(
+                json.loads((folder / RECIPE).read_text()), work.recipe.model_dump()
+            )
             raise PipelineError(
                 f"the run that could be resumed was begun with other values: {'; '.join(changed)}. "
                 "Put them back to go on with it, or leave out --resume to start from step 0."
@@ -116,21 +111,27 @@ def _differences(then: dict, now: dict, prefix: str = "") -> list[str]:
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, prefix + ("" if name == "config" else f"{name}."))
-        elif old != new and name in ("images", "teacher", "selection"):
+            found += _differences(old, new, prefix + ("" if name == "parameters" else f"{name}."))
+        elif old != new and prefix == "inputs.":
             found.append(f"other files in data/{name}")
         elif old != new:
             found.append(f"{prefix}{name} was {old!r}, is {new!r}")
     return found
 
 
-def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, workers) -> None:
+def _train(
+    work: Work,
+    config: DistillConfig,
+    data: Path,
+    teacher: TeacherSummary,
+    ranks: Ranks,
+    workers: int,
+) -> None:
     if ranks.first:
         work.begin()
-        write_json(work.folder / RECIPE, work.recipe)
+        write_json(work.folder / RECIPE, work.recipe.model_dump())
     ranks.wait()
-    how = {name: teacher["preprocessing"][name] for name in ("mean", "std", "interpolation")}
-    seen = config.student.image_size, how["interpolation"]
+    seen = config.student.image_size, teacher.preprocessing.interpolation
     rows = Rows(
         data, "train", *seen, views=config.views, captions=config.loss.caption > 0,
         window=config.shuffle_row_groups,
@@ -139,7 +140,7 @@ def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, 
     held_out = Rows(data, "val", *seen)
     torch.manual_seed(config.seed)
     trainer = Trainer(
-        config, Student(config.student, Preprocessing(**how)), training_mean(data), ranks
+        config, Student(config.student, teacher.preprocessing), training_mean(data), ranks
     )
     if (work.folder / CHECKPOINT).is_file():
         trainer.restore(work.folder / CHECKPOINT)
@@ -170,10 +171,13 @@ def _train(work: Work, config: DistillConfig, data: Path, teacher: dict, ranks, 
     ranks.wait()
 
 
-def _publish(work: Work, trainer: Trainer, teacher: dict, data: Path, began, images) -> None:
-    made = {"stage": STAGE, "stamp": work.stamp, **work.recipe}
+def _publish(
+    work: Work, trainer: Trainer, teacher: TeacherSummary, data: Path, began: float, images: int
+) -> None:
+    made = {"stage": STAGE, "stamp": work.stamp, "recipe": work.recipe.model_dump()}
     made |= {"libraries": libraries("torch", "numpy", "pyarrow", "duckdb", "simplejpeg")}
-    trainer.averaged_student().save(work.folder, provenance=made, teacher=teacher)
+    student = trainer.averaged_student()
+    student.save(work.folder, provenance=made, teacher=teacher.model_dump(mode="json"))
     work.commit(LOG, lambda partial: write_log(partial, trainer.log))
     figures = {"steps": trainer.step, "undecodable_rows": trainer.lost} | trainer.log[-1]
     write_json(work.folder / METRICS, figures)

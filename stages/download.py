@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, file_digest, libraries, lock
+from pipeline.core.records import Recipe
 from pipeline.data import shards
 from pipeline.fetch import decoding, manifest, masks, policy
 from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
@@ -64,14 +65,19 @@ def download(
     return statuses
 
 
-def _recipe(config: DownloadConfig, lists: list[Path]) -> dict:
-    return {
-        "rules": _rules_recipe(config),
-        "pixels": _pixels_recipe(config),
-        "shards": shards.VERSION,
-        "masks": masks.VERSION,
-        "lists": {path.name: file_digest(path) for path in lists},
-    }
+def _recipe(config: DownloadConfig, lists: list[Path]) -> Recipe:
+    """The manifest itself enters as lists."""
+    return Recipe(
+        parameters=config.model_dump(exclude={"manifest", "root", "buckets"}),
+        versions={
+            "manifest": manifest.VERSION,
+            "policy": policy.VERSION,
+            "pixels": decoding.VERSION,
+            "masks": masks.VERSION,
+            "shards": shards.VERSION,
+        },
+        inputs={"lists": {path.name: file_digest(path) for path in lists}},
+    )
 
 
 def _rules_recipe(config: DownloadConfig) -> dict:

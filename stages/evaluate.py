@@ -17,8 +17,16 @@ from tqdm import tqdm
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.devices import pick_device
-from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, content, libraries, lock, read_stamp, write_json
+from pipeline.core.provenance import (
+    Work,
+    contents,
+    libraries,
+    lock,
+    read_stamp,
+    require_inputs,
+    write_json,
+)
+from pipeline.core.records import Recipe
 from pipeline.data import shards
 from pipeline.data.embeddings import split_vectors, training_mean
 from pipeline.data.runs import append_run
@@ -69,25 +77,15 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
             work.publish([METRICS, RETRIEVAL, REPORT, *index], figures)
             values = _flat(figures) | _facts(student)
             append_run(data, STAGE, work.stamp, recipe, values, str(target), began, embedded, spent)
-        return read_stamp(work.out, STAGE)["summary"]
+        return read_stamp(work.out, STAGE).summary
 
 
-def _recipe(config: EvaluateConfig, data: Path) -> dict:
-    student = read_stamp(data / "student", "distill")
-    inputs = {
-        "images": content(read_stamp(data / "images", "download")),
-        "teacher": content(read_stamp(data / "teacher", "teacher_embed")),
-        "selection": content(read_stamp(data / "selection", "select")),
-    }
-    if changed := [name for name, found in inputs.items() if student["recipe"][name] != found]:
-        raise PipelineError(
-            f"data/student was trained on other {', '.join(changed)} than data/ holds now. Run "
-            "`pipeline distill` first."
-        )
-    versions = {"evaluate": VERSION, "shards": shards.VERSION}
-    settings = config.model_dump() | {"templates": read_templates(Path(config.templates))}
-    recipe = {"config": settings, "versions": versions, "student": content(student)}
-    return recipe | inputs
+def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
+    return Recipe(
+        parameters=config.model_dump() | {"templates": read_templates(Path(config.templates))},
+        versions={"evaluate": VERSION, "shards": shards.VERSION},
+        inputs=contents(require_inputs(data, STAGE)),
+    )
 
 
 def _write_index(work: Work, config, data: Path, student: Student, workers: int) -> int:
@@ -115,7 +113,7 @@ def _write_index(work: Work, config, data: Path, student: Student, workers: int)
                     }
                 )
                 schema = shards.index_schema(student.config.embedding_size)
-                made = {"stage": STAGE, "student": work.recipe["student"]}
+                made = {"stage": STAGE, "student": work.recipe.inputs["student"]}
                 made["libraries"] = libraries("torch", "pyarrow")
                 work.commit(
                     name,
@@ -147,7 +145,7 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
     kept = [i for i, key in enumerate(ids) if key in index]
     ids, teacher = [ids[i] for i in kept], teacher[kept]
     found = np.stack([index[key] for key in ids])
-    templates = work.recipe["config"]["templates"]
+    templates = work.recipe.parameters["templates"]
     figures = {
         "split": config.split,
         "images": len(ids),

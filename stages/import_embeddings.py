@@ -22,7 +22,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, content, file_digest, libraries, lock, read_stamp
+from pipeline.core.provenance import (
+    Work,
+    contents,
+    file_digest,
+    libraries,
+    lock,
+    require_inputs,
+    teacher_summary,
+)
+from pipeline.core.records import (
+    NamedTeacher,
+    Preprocessing,
+    Recipe,
+    TeacherIdentity,
+    TeacherSummary,
+)
 from pipeline.data import shards
 from pipeline.data.texts import text_id
 from pipeline.data.views import View, canonical_view
@@ -34,15 +49,8 @@ PATHS, KEYS = ("url", "image_path", "image"), ("key", "image_id")
 NAMES = (*PATHS, *KEYS)  # columns that may name an image
 TEXTS = ("caption", "prompt")
 SAME = 1e-3  # largest difference of any value between two unit vectors that count as one
+OPENAI_CLIP = Preprocessing()
 BLOCK = 65536  # vectors checked at a time
-
-CLIP_PREPROCESSING = {
-    "image_size": 224,
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
 
 
 class Part(NamedTuple):
@@ -68,30 +76,32 @@ def import_embeddings(
     data: Path,
     source: Path,
     *,
-    teacher: dict,
+    teacher: NamedTeacher,
     texts: Iterable[Path] = (),
-    preprocessing: dict = CLIP_PREPROCESSING,
-) -> dict:
+    preprocessing: Preprocessing = OPENAI_CLIP,
+) -> TeacherSummary:
     """Write data/teacher from vectors of data/images' images; returns the summary with its counts.
 
     source: a clip-retrieval folder, or an npz with `embedding` (n, E) and one or more of NAMES.
     texts: npz files with `embedding` and `prompt`, or `caption` beside a name of its image.
-    teacher: the card's values, recorded; preprocessing: the teacher's, which a student needs.
+    teacher: recorded; preprocessing: the teacher's, which a student needs.
     Good images without a vector get no row: `pipeline select` leaves them out as `no embedding`.
 
     Raises PipelineError: data/teacher of another origin, an unknown layout, vectors of unequal
     width, zero or not finite, one name with two vectors, no vector that belongs to an image.
     """
     with lock(data, STAGE):
-        images = read_stamp(data / "images", "download")
-        texts = sorted(texts)
-        recipe = {
-            "card": teacher,
-            "preprocessing": preprocessing,
-            "images": content(images),
-            "source": [file_digest(path) for path in [*_source_files(source), *texts]],
-            "versions": {"imported": VERSION, "shards": shards.VERSION},
-        }
+        inputs, texts = require_inputs(data, STAGE), sorted(texts)
+        sources = [file_digest(path) for path in [*_source_files(source), *texts]]
+        identity = TeacherIdentity(card=teacher)
+        recipe = Recipe(
+            parameters={
+                "teacher": identity.model_dump(),
+                "preprocessing": preprocessing.model_dump(mode="json"),
+            },
+            versions={"imported": VERSION, "shards": shards.VERSION},
+            inputs=contents(inputs) | {"source": sources},
+        )
         work = Work(data, STAGE, data / "teacher", recipe)
         if not work.published():
             work.begin()
@@ -104,18 +114,30 @@ def import_embeddings(
                 _refuse_strangers(image_parts[0], known)
             counts["images without embedding"] = len(good - vectors.keys())
             captions, prompts, text_counts = _text_places(text_parts, known)
-            for name in images["files"]:
+            names = inputs["images"].files
+            for name in names:
                 shard = data / "images" / name
                 tables = _image_tables(shard, vectors, preprocessing, size)
                 _commit(work, f"images/{name}", shards.teacher_schema(size), tables)
                 _commit_texts(work, f"texts/{name}", _captions(shard, captions), size)
             texts_alone = [(None, text, prompts[text]) for text in sorted(prompts)]
             _commit_texts(work, PROMPTS, [texts_alone], size)
-            names = [f"{room}/{name}" for name in images["files"] for room in ("images", "texts")]
-            summary = {"teacher": teacher, "embedding_size": size, "preprocessing": preprocessing}
-            summary |= {"dtype": "imported", "fidelity": None, "views": 1}
-            work.publish([*names, PROMPTS], summary | counts | text_counts)
-        return read_stamp(work.out, STAGE)["summary"]
+            counts |= text_counts
+            summary = TeacherSummary(
+                teacher=identity,
+                embedding_size=size,
+                preprocessing=preprocessing,
+                dtype="imported",
+                batch=None,
+                least_cosine_to_float32=None,
+                views=1,
+                images=counts.pop("images"),
+                texts=counts.pop("texts"),
+                further_counts=counts,
+            )
+            files = [f"{kind}/{name}" for name in names for kind in ("images", "texts")]
+            work.publish([*files, PROMPTS], summary.model_dump(mode="json"))
+        return teacher_summary(data)
 
 
 def _source_files(source: Path) -> list[Path]:
@@ -300,14 +322,14 @@ def _refuse_strangers(part: Part, known: dict[str, str | None]) -> None:
     )
 
 
-def _image_tables(shard: Path, vectors: dict, how: dict, size: int) -> Iterator[pa.Table]:
+def _image_tables(shard: Path, vectors: dict, how: Preprocessing, size: int) -> Iterator[pa.Table]:
     """The vectors of each row group's good images, in the columns and order of stage one."""
     facts = ["image_id", "status", "sha256", "width", "height"]
     with shards.open_shard(shard, "download") as file:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=facts).to_pylist()
             rows = [r for r in rows if r["status"] == "ok" and r["image_id"] in vectors]
-            seen = how["resize_mode"], how["image_size"]
+            seen = how.resize_mode, how.image_size
             boxes = [canonical_view(row["width"], row["height"], *seen) for row in rows]
             matrix = [vectors[row["image_id"]].unit() for row in rows]
             matrix = np.array(matrix, np.float16).reshape(len(rows), size)
@@ -348,5 +370,5 @@ def _text_table(rows: list[tuple], size: int) -> pa.Table:
 
 
 def _commit(work: Work, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    made = {"stage": STAGE, **work.recipe, "libraries": libraries("numpy", "pyarrow")}
+    made = {"stage": STAGE, **work.recipe.model_dump(), "libraries": libraries("numpy", "pyarrow")}
     work.commit(name, partial(shards.write_shard, schema=schema, groups=tables, provenance=made))

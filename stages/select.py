@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from pipeline.core.config import SelectConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, command, content, libraries, lock, read_stamp
+from pipeline.core.provenance import Work, contents, libraries, lock, read_stamp, require_inputs
+from pipeline.core.records import Recipe
 from pipeline.data import database, shards
 from pipeline.data.duplicates import near_duplicate_groups
 
@@ -28,21 +29,20 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
     nothing left to train on or to hold out.
     """
     with lock(data, STAGE):
-        images = content(read_stamp(data / "images", "download"))
-        teacher = read_stamp(data / "teacher", "teacher_embed")
-        if teacher["recipe"]["images"] != images:
-            raise PipelineError(
-                "data/teacher was made from other images than data/images holds now. Run "
-                f"`pipeline {command(teacher['stage'])}` first."
-            )
-        versions = {"select": VERSION, "shards": shards.VERSION}
-        recipe = {"config": config.model_dump(), "versions": versions}
-        recipe |= {"images": images, "teacher": content(teacher)}
+        recipe = Recipe(
+            parameters=config.model_dump(),
+            versions={"select": VERSION, "shards": shards.VERSION},
+            inputs=contents(require_inputs(data, STAGE)),
+        )
         work = Work(data, STAGE, data / "selection", recipe)
         if not work.published():
             work.begin()
             table = _selected(config, data)
-            made = {"stage": STAGE, **recipe, "libraries": libraries("duckdb", "pyarrow")}
+            made = {
+                "stage": STAGE,
+                **recipe.model_dump(),
+                "libraries": libraries("duckdb", "pyarrow"),
+            }
             work.commit(
                 FILE,
                 partial(
@@ -53,7 +53,7 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
                 ),
             )
             work.publish([FILE], _counts(table))
-        counts = read_stamp(work.out, STAGE)["summary"]
+        counts = read_stamp(work.out, STAGE).summary
     if missing := [split for split in ("train", "test") if not counts.get(split)]:
         raise PipelineError(
             f"no image is left for {' and '.join(missing)}: {counts}. Loosen select.where, change "

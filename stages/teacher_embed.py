@@ -19,7 +19,16 @@ from tqdm import tqdm
 from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, content, digest, lock, read_stamp, write_json
+from pipeline.core.provenance import (
+    Work,
+    contents,
+    digest,
+    lock,
+    require_inputs,
+    teacher_summary,
+    write_json,
+)
+from pipeline.core.records import Preprocessing, Recipe, Stamp, TeacherIdentity, TeacherSummary
 from pipeline.data import pixels, shards, views
 from pipeline.data.runs import append_run
 from pipeline.data.texts import (
@@ -31,7 +40,7 @@ from pipeline.data.texts import (
     text_id,
 )
 from pipeline.models.card import read_card
-from pipeline.models.teacher import TEXTS_VERSION, Teacher, teacher_libraries, teacher_recipe
+from pipeline.models.teacher import TEXTS_VERSION, Teacher, teacher_identity, teacher_libraries
 from pipeline.models.teacher_shards import Known, text_vectors, view_tables
 
 STAGE = "teacher_embed"
@@ -42,33 +51,37 @@ PROMPTS = "texts/prompts.parquet"
 
 def teacher_embed(
     config: TeacherEmbedConfig, data: Path, *, device: str = "auto", workers: int = 2
-) -> dict:
-    """Write data/teacher/images and data/teacher/texts; returns counts and the dtype used.
+) -> TeacherSummary:
+    """Write data/teacher/images and data/teacher/texts; returns what it says of the teacher.
 
     workers: threads that decode and crop. Raises PipelineError: no images, no or a wrong teacher,
     embeddings of another teacher already there, a prompt file that is missing.
     """
     with lock(data, STAGE):
-        images = read_stamp(data / "images", "download")
+        inputs = require_inputs(data, STAGE)
         card_path, target = Path(config.card), pick_device(device)
         dtype = getattr(torch, config.dtype)
+        identity = teacher_identity(read_card(card_path), card_path)
         vectors = {  # what determines the vector of given pixels or of a text
-            "teacher": teacher_recipe(read_card(card_path), card_path),
+            "teacher": identity.model_dump(),
             "dtype": config.dtype,
             "batch": config.batch,
             "versions": {"pixels": pixels.VERSION, "views": views.VERSION},
         }
         crops = config.model_dump(include={"crop_area", "crop_ratio", "seed"})
         prompts = _prompts(config, data / "images")
-        recipe = vectors | {"crops": crops, "views": config.views, "shards": shards.VERSION}
-        recipe |= {"images": content(images), "prompts": digest(prompts)}
-        recipe |= {"texts_version": TEXTS_VERSION}
+        parameters = {name: vectors[name] for name in ("teacher", "dtype", "batch")}
+        recipe = Recipe(
+            parameters=parameters | {"crops": crops, "views": config.views},
+            versions=vectors["versions"] | {"shards": shards.VERSION, "texts": TEXTS_VERSION},
+            inputs=contents(inputs) | {"prompts": digest(prompts)},
+        )
         work = Work(data, STAGE, data / "teacher", recipe)
         if not work.published():
-            _refuse_other_teacher(work.out, vectors)
+            _refuse_other_teacher(data, identity, config.dtype)
             work.begin()
             began, embedded = time.monotonic(), (0, 0.0)
-            origins = _origins(images, vectors, crops, config.views, prompts)
+            origins = _origins(inputs["images"], vectors, crops, config.views, prompts)
             missing = [name for name in origins if not _settled(work, name, origins[name])]
             if missing:
                 teacher = Teacher(card_path, target)
@@ -76,11 +89,11 @@ def teacher_embed(
                 embedded = _embed(
                     teacher, work, config, data / "images", missing, origins, prompts, workers
                 )
-            summary = _summary(work, list(origins), recipe)
-            work.publish(list(origins), summary)
-            counts = {name: summary[name] for name in ("images", "texts", "views")}
+            summary = _summary(work, list(origins), identity, config)
+            work.publish(list(origins), summary.model_dump(mode="json"))
+            counts = summary.model_dump(include={"images", "texts", "views"})
             append_run(data, STAGE, work.stamp, recipe, counts, str(target), began, *embedded)
-        return read_stamp(work.out, STAGE)["summary"]
+        return teacher_summary(data)
 
 
 def _prompts(config: TeacherEmbedConfig, images: Path) -> list[str]:
@@ -90,32 +103,33 @@ def _prompts(config: TeacherEmbedConfig, images: Path) -> list[str]:
     return sorted({*read_prompts(Path(config.prompts)), *box_texts(images), *classes})
 
 
-def _refuse_other_teacher(out: Path, vectors: dict) -> None:
+def _refuse_other_teacher(data: Path, identity: TeacherIdentity, dtype: str) -> None:
     """A teacher's run may have cost days: a direct command never replaces it by another's."""
     try:
-        recipe = read_stamp(out, STAGE)["recipe"]
-        found, dtype = recipe["teacher"], recipe["dtype"]
-    except (PipelineError, KeyError):
+        stored = teacher_summary(data)
+    except PipelineError:
         return
-    if dtype != vectors["dtype"]:
+    if stored.dtype == "imported":  # which is of another stage, and refused as such
+        return
+    if stored.dtype != dtype:
         raise PipelineError(
-            f"{out} holds embeddings in {dtype}, params.yaml asks for {vectors['dtype']}. Set "
-            f"`teacher_embed.dtype: {dtype}`, move {out} away to embed anew, or run `dvc repro`, "
-            "which keeps the old ones in its cache."
+            f"{data / 'teacher'} holds embeddings in {stored.dtype}, params.yaml asks for {dtype}. "
+            f"Set `teacher_embed.dtype: {stored.dtype}`, move {data / 'teacher'} away to embed "
+            "anew, or run `dvc repro`, which keeps the old ones in its cache."
         )
-    if found != vectors["teacher"]:
+    if stored.teacher != identity:
         raise PipelineError(
-            f"{out} holds embeddings of another teacher ({found['card']['name']}) than params.yaml "
-            f"names ({vectors['teacher']['card']['name']}). Move {out} away to embed with this "
-            "one, or run `dvc repro`, which keeps the old ones in its cache."
+            f"{data / 'teacher'} holds embeddings of another teacher ({stored.teacher.card.name}) "
+            f"than params.yaml names ({identity.card.name}). Move {data / 'teacher'} away to embed "
+            "with this one, or run `dvc repro`, which keeps the old ones in its cache."
         )
 
 
-def _origins(images: dict, vectors: dict, crops: dict, count: int, prompts: list[str]) -> dict:
+def _origins(images: Stamp, vectors: dict, crops: dict, count: int, prompts: list[str]) -> dict:
     """Every file of the out, with all that determines its bytes."""
     origins = {}
-    for name, entry in images["files"].items():
-        made = vectors | {"input": entry["sha256"], "shards": shards.VERSION}
+    for name, file in images.files.items():
+        made = vectors | {"input": file.sha256, "shards": shards.VERSION}
         origins[f"texts/{name}"] = made | {"texts_version": TEXTS_VERSION}
         origins[f"images/{name}"] = made | {"crops": crops, "views": count}
     made = vectors | {"input": digest(prompts), "shards": shards.VERSION}
@@ -145,7 +159,8 @@ def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
         for row in table.slice(0, 4 * PROBE).to_pylist():
             if row["status"] == "ok" and len(found) < PROBE:
                 size = row["width"], row["height"]
-                box = views.canonical_view(*size, teacher.resize_mode, teacher.image_size).box
+                how = teacher.preprocessing.resize_mode
+                box = views.canonical_view(*size, how, teacher.image_size).box
                 image = pixels.decode(row["jpg"])
                 found.append(views.view_pixels(image, box, False, teacher.image_size))
                 texts += row["captions"][:1]
@@ -154,14 +169,15 @@ def _lower(teacher: Teacher, dtype, work: Work, images: Path) -> None:
     if not found:
         raise PipelineError(f"{images} holds no image to embed. `pipeline download --retry`?")
     cosine = teacher.use(dtype, np.stack(found), texts or ["a photo"])
-    write_json(work.folder / PROBE_FILE, {"least_cosine_to_float32": cosine, "rows": len(found)})
+    write_json(work.folder / PROBE_FILE, cosine)
 
 
 def _embed(teacher, work, config, images, missing, origins, prompts, workers) -> tuple[int, float]:
     """Compute and commit what is missing, a shard at a time; returns how many views the teacher
     saw, and the seconds that took.
     """
-    extra = {"preprocessing": teacher.preprocessing(), "libraries": teacher_libraries()}
+    seen = teacher.preprocessing.model_dump(mode="json")
+    extra = {"preprocessing": seen, "libraries": teacher_libraries()}
     size, embedded, spent = teacher.embedding_size, 0, 0.0
     todo = [name for name in missing if name.startswith("images/")]
     with tqdm(total=_views_in(images, todo) * config.views, unit="image", desc=STAGE) as bar:
@@ -266,7 +282,9 @@ def _text_table(rows: list[tuple], found: dict[str, np.ndarray], size: int) -> p
     )
 
 
-def _summary(work: Work, names: list[str], recipe: dict) -> dict:
+def _summary(
+    work: Work, names: list[str], identity: TeacherIdentity, config: TeacherEmbedConfig
+) -> TeacherSummary:
     """Counts, and what later stages need to know of the teacher without loading it."""
     counts = {"images": 0, "texts": 0}
     for name in names:
@@ -276,12 +294,13 @@ def _summary(work: Work, names: list[str], recipe: dict) -> dict:
     with shards.open_shard(work.folder / PROMPTS, STAGE) as file:
         size = file.schema_arrow.field("embedding").type.list_size
     probe = work.folder / PROBE_FILE
-    return {
-        "teacher": recipe["teacher"]["card"],
-        "embedding_size": size,
-        "preprocessing": made["preprocessing"],
-        "dtype": recipe["dtype"],
-        "fidelity": json.loads(probe.read_text()) if probe.is_file() else None,
-        "views": recipe["views"],
+    return TeacherSummary(
+        teacher=identity,
+        embedding_size=size,
+        preprocessing=Preprocessing(**made["preprocessing"]),
+        dtype=made["dtype"],
+        batch=config.batch,
+        least_cosine_to_float32=json.loads(probe.read_text()) if probe.is_file() else None,
+        views=config.views,
         **counts,
-    }
+    )

@@ -3,7 +3,8 @@
 import torch
 
 from pipeline.core.config import StudentConfig
-from pipeline.models.student import Preprocessing, Student
+from pipeline.core.records import Preprocessing
+from pipeline.models.student import Student
 
 SMALL = {
     "image_size": 32, "patch_size": 8, "embedding_size": 24, "heads": 3, "layers": 2,

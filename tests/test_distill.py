@@ -49,7 +49,7 @@ def test_embeddings_of_other_images_than_lie_here_are_refused(data, small_world)
     shutil.rmtree(data / "images")
     config = worlds.download_config(small_world.manifest, small_world.root, buckets=5)
     download(config, data, processes=1, threads=4)
-    with pytest.raises(PipelineError, match="not of one run"):
+    with pytest.raises(PipelineError, match="not made from the images that data/ holds now"):
         train(data)
     with pytest.raises(PipelineError, match="distill"):
         evaluate(finished.evaluate_config(), data, device="cpu")

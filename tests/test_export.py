@@ -13,8 +13,9 @@ import students
 import torch
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import Preprocessing
 from pipeline.models.export import export_onnx, export_student, quantise_onnx, stored_pixels
-from pipeline.models.student import Outputs, Preprocessing
+from pipeline.models.student import Outputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -264,7 +264,7 @@ def test_teacher_weights_with_code_in_them_are_refused_and_not_executed(tmp_path
 
 def test_a_resume_checkpoint_with_code_in_it_is_refused_and_not_executed(tmp_path):
     """data/.work is ours, but a folder that somebody gave us may hold theirs."""
-    from pipeline.models.student import Preprocessing
+    from pipeline.core.records import Preprocessing
     from pipeline.training.distributed import Ranks
     from pipeline.training.trainer import Trainer
 

@@ -14,13 +14,16 @@ from PIL import Image
 from pipeline.core.config import DistillConfig, DownloadConfig, EvaluateConfig, SelectConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, digest, read_stamp
+from pipeline.core.records import NamedTeacher, Recipe
 from pipeline.data import database
 from pipeline.verify.verify import verify
 from stages.download import download
 from stages.import_embeddings import import_embeddings
 
 IMAGES, SIZE = 40, 16
-TEACHER = {"name": "somebody's"}
+TEACHER = NamedTeacher(
+    name="somebody's", model="ViT-B-32", pretrained="openai", sha256=None, activation="gelu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +87,9 @@ def test_npz_vectors_are_found_by_file_name_and_scaled_to_unit_length(data, tmp_
     source = npz(tmp_path / "v.npz", image=files(), embedding=given)
     summary = import_embeddings(data, source, teacher=TEACHER)
     assert_all_there(data, given)
-    counts = summary["images"], summary["images without embedding"]
-    assert counts == (IMAGES, 0) and summary["embedding_size"] == SIZE
-    assert summary["teacher"] == TEACHER and summary["views"] == 1
+    counts = summary.images, summary.further_counts["images without embedding"]
+    assert counts == (IMAGES, 0) and summary.embedding_size == SIZE
+    assert summary.teacher.card == TEACHER and summary.views == 1
 
 
 def test_a_url_decides_before_a_file_name_and_a_key_comes_last(data, tmp_path):
@@ -103,7 +106,7 @@ def test_a_url_decides_before_a_file_name_and_a_key_comes_last(data, tmp_path):
         "file:a/01 x.png",
         "file:a/07 x.png",
     ]
-    assert summary["images without embedding"] == IMAGES - 3
+    assert summary.further_counts["images without embedding"] == IMAGES - 3
 
 
 def test_a_percent_encoded_url_with_a_query_still_names_its_file(data, tmp_path):
@@ -131,7 +134,7 @@ def test_clip_retrieval_folder_gives_images_and_captions(data, tmp_path):
     source = clip_retrieval(tmp_path / "out", given, texts)
     summary = import_embeddings(data, source, teacher=TEACHER)
     assert_all_there(data, given)
-    assert summary["texts"] == IMAGES
+    assert summary.texts == IMAGES
     rows = stored(data, "text, t.embedding, url FROM texts t JOIN images USING (image_id)")
     for text, vector, url in rows:
         i = int(text.split()[1])
@@ -150,13 +153,15 @@ def test_captions_and_prompts_come_from_npz_files_beside_the_images(data, tmp_pa
     found = stored(data, "text, image_id IS NULL FROM texts")
     prompt = {"a cat": True, "a dog": True, "drei": False, "four": False, "three": False}
     assert dict(found) == prompt
-    assert (summary["texts"], summary["texts without image"]) == (5, 1)
+    assert (summary.texts, summary.further_counts["texts without image"]) == (5, 1)
 
 
 def test_the_same_vector_twice_is_counted_and_a_different_one_refused(data, tmp_path):
     given = vectors(4)
     twice = npz(tmp_path / "v.npz", image=files([0, 1, 0]), embedding=given[[0, 1, 0]])
-    assert import_embeddings(data, twice, teacher=TEACHER)["repeated embeddings"] == 1
+    assert (
+        import_embeddings(data, twice, teacher=TEACHER).further_counts["repeated embeddings"] == 1
+    )
     other = npz(tmp_path / "w.npz", image=files([0, 1, 0]), embedding=given[:3])
     with pytest.raises(PipelineError, match=r"two different embeddings.*00 x\.png"):
         import_embeddings(data, other, teacher=TEACHER)
@@ -179,7 +184,7 @@ def test_a_file_name_that_two_images_share_leads_to_neither(tmp_path):
         import_embeddings(tmp_path / "data", source, teacher=TEACHER)
     source = npz(tmp_path / "v.npz", image=["same.png", "file:b/same.png"], embedding=vectors(2))
     summary = import_embeddings(tmp_path / "data", source, teacher=TEACHER)
-    assert (summary["images"], summary["embeddings without image"]) == (1, 1)
+    assert (summary.images, summary.further_counts["embeddings without image"]) == (1, 1)
 
 
 @pytest.mark.parametrize("fault", [0.0, np.nan, np.inf])
@@ -223,7 +228,7 @@ def test_import_and_teacher_embed_do_not_overwrite_each_other(data, tmp_path):
     source = npz(tmp_path / "v.npz", image=files(), embedding=vectors(IMAGES))
     import_embeddings(data, source, teacher=TEACHER)
     with pytest.raises(PipelineError, match="did not write"):
-        Work(data, "teacher_embed", data / "teacher", {}).begin()
+        Work(data, "teacher_embed", data / "teacher", Recipe()).begin()
     worlds.forge_stamp(data / "teacher", lambda stamp: stamp.update(stage="teacher_embed"))
     other = npz(tmp_path / "w.npz", image=files(), embedding=vectors(IMAGES, seed=3))
     with pytest.raises(PipelineError, match="did not write"):
@@ -239,13 +244,13 @@ def test_what_was_imported_is_to_be_imported_again_when_the_images_have_changed(
     select(worlds.select_config(), data)
 
     def of_other_images(stamp: dict) -> None:
-        stamp["recipe"]["images"] = "other"
+        stamp["recipe"]["inputs"]["images"] = "other"
         stamp["stamp"] = digest(stamp["recipe"])
 
     worlds.forge_stamp(data / "teacher", of_other_images)
     with pytest.raises(PipelineError, match="Run `pipeline import embeddings` first"):
         select(worlds.select_config(), data)
-    with pytest.raises(PipelineError, match="Run `pipeline import embeddings`, then"):
+    with pytest.raises(PipelineError, match="Run `pipeline import embeddings` first"):
         distill(distill_config(), data, device="cpu", workers=1)
     assert "pipeline import embeddings" in {finding.run for finding in verify(data)}
 
@@ -289,7 +294,7 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
     config = EvaluateConfig(split="test", batch=8, prompts=[], templates=str(worlds.TEMPLATES))
     figures = evaluate(config, data, device="cpu")
     assert figures["images"] == counts["test"]
-    assert read_stamp(data / "student", "distill")["recipe"]["teacher"]
+    assert read_stamp(data / "student", "distill").recipe.inputs["teacher"]
 
 
 def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tmp_path):
@@ -307,7 +312,7 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
     summary = import_embeddings(
         data, vectors_ / "flickr8k_image_embeddings.npz", teacher=TEACHER, texts=[captions]
     )
-    assert summary["images"] == 60 and summary["embeddings without image"] == 1035
+    assert summary.images == 60 and summary.further_counts["embeddings without image"] == 1035
     agreement = "avg(list_cosine_similarity(t.embedding, x.embedding))"
     sql = (
         f"SELECT {agreement} FILTER (t.image_id = x.image_id), {agreement} FROM teacher t, texts x"

@@ -17,6 +17,7 @@ from worlds import run_code
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work, lock
+from pipeline.core.records import Recipe
 from pipeline.data import shards
 
 
@@ -45,7 +46,7 @@ def test_a_full_disk_leaves_no_half_file_and_a_smaller_one_still_fits(tmp_path):
     schema = pa.schema([("jpg", pa.binary())])
     table = pa.table({"jpg": [os.urandom(3_000_000)]})
     with little_space(tmp_path / "small", 1_000_000) as expected:
-        work = Work(tmp_path / "small", "stage", tmp_path / "small/out", {})
+        work = Work(tmp_path / "small", "stage", tmp_path / "small/out", Recipe())
         work.begin()
         for write in (
             lambda partial: shards.write_shard(partial, schema, [table], {}),

@@ -12,14 +12,20 @@ from worlds import run_code
 
 from pipeline.core import provenance
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import PARTIAL, STAMP_FILE, Work, content, read_stamp
+from pipeline.core.layout import STAMP_FILE
+from pipeline.core.provenance import PARTIAL, Work, content, read_stamp
+from pipeline.core.records import Recipe
 
 NAMES = ["a.txt", "sub/b.txt"]
 
 
+def work_of(data: Path, values: dict, stage: str = "stage") -> Work:
+    return Work(data, stage, data / "out", Recipe(parameters=values))
+
+
 def finish(data: Path, recipe: dict, stage: str = "stage", text: str | None = None) -> Work:
-    """A whole run whose files say which recipe made them."""
-    work = Work(data, stage, data / "out", recipe)
+    """A whole run whose files say which parameters made them."""
+    work = work_of(data, recipe, stage)
     if not work.published():
         work.begin()
         for name in NAMES:
@@ -45,10 +51,10 @@ def test_an_out_is_exactly_the_files_of_its_run_and_the_stamp(tmp_path):
     work = finish(tmp_path, {"n": 1})
     assert set(files(work.out)) == {*NAMES, STAMP_FILE}
     stamp = read_stamp(work.out, "stage")
-    assert stamp["stamp"] == work.stamp and stamp["recipe"] == {"n": 1}
-    for name, entry in stamp["files"].items():
-        assert entry["sha256"] == provenance.file_digest(work.out / name)
-        assert entry["bytes"] == (work.out / name).stat().st_size
+    assert stamp.stamp == work.stamp and stamp.recipe.parameters == {"n": 1}
+    for name, file in stamp.files.items():
+        assert file.sha256 == provenance.file_digest(work.out / name)
+        assert file.bytes == (work.out / name).stat().st_size
 
 
 def test_a_second_run_of_the_same_recipe_finds_itself_published(tmp_path):
@@ -127,7 +133,7 @@ def test_a_run_killed_at_any_step_of_publishing_leaves_one_whole_run_or_none(tmp
     run_code(code, Path(__file__).parent, tmp_path, step).communicate()
     out = tmp_path / "out"
     if out.exists():
-        recipe = read_stamp(out, "stage")["recipe"]
+        recipe = read_stamp(out, "stage").recipe.parameters
         expected = dict.fromkeys(NAMES, json.dumps(recipe))
         assert {n: t for n, t in files(out).items() if n != STAMP_FILE} == expected
     again = finish(tmp_path, {"n": 2})
@@ -225,9 +231,8 @@ def test_a_stamp_without_a_digest_of_itself_is_damaged(tmp_path):
     """As earlier versions wrote them."""
     out = finish(tmp_path, {"n": 1}).out
     stamp = read_stamp(out, "stage")
-    del stamp["digest"]
-    (out / STAMP_FILE).write_text(json.dumps(stamp))
-    with pytest.raises(PipelineError, match=r"has not the keys digest, .*Delete .*out and run"):
+    (out / STAMP_FILE).write_text(stamp.model_dump_json(exclude={"digest"}))
+    with pytest.raises(PipelineError, match=r"wrong in it: digest\).*Delete .*out and run"):
         finish(tmp_path, {"n": 1})
 
 
@@ -280,11 +285,11 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
 def test_earlier_runs_are_offered_newest_first_and_the_out_last(tmp_path):
     finish(tmp_path, {"n": 1})
     for n in (2, 3):  # both killed before they published
-        work = Work(tmp_path, "stage", tmp_path / "out", {"n": n})
+        work = work_of(tmp_path, {"n": n})
         work.begin()
         os.utime(work.folder, (n, n))
-    now = Work(tmp_path, "stage", tmp_path / "out", {"n": 4})
-    recipes = [Work(tmp_path, "stage", tmp_path / "out", {"n": n}).folder for n in (1, 3, 2)]
+    now = work_of(tmp_path, {"n": 4})
+    recipes = [work_of(tmp_path, {"n": n}).folder for n in (1, 3, 2)]
     assert now.earlier() == [*recipes, tmp_path / "out"]
 
 
@@ -292,7 +297,7 @@ def test_an_adopted_file_is_the_same_file_and_a_new_one_leaves_the_old_alone(tmp
     old = finish(tmp_path, {"n": 1})
     kept = tmp_path / "kept.txt"
     os.link(old.folder / "a.txt", kept)
-    new = Work(tmp_path, "stage", tmp_path / "out", {"n": 2})
+    new = work_of(tmp_path, {"n": 2})
     new.begin()
     new.adopt("a.txt", old.folder / "a.txt")
     assert os.path.samefile(new.folder / "a.txt", kept)
@@ -329,7 +334,9 @@ def test_a_process_killed_while_writing_leaves_no_final_file_and_the_rest_is_swe
         import os, sys
         from pathlib import Path
         from pipeline.core.provenance import Work
-        work = Work(Path(sys.argv[1]), "stage", Path(sys.argv[1], "out"), {"n": 1})
+        from pipeline.core.records import Recipe
+        recipe = Recipe(parameters={"n": 1})
+        work = Work(Path(sys.argv[1]), "stage", Path(sys.argv[1], "out"), recipe)
         work.begin()
         def half(partial):
             partial.write_text("half")
@@ -337,7 +344,7 @@ def test_a_process_killed_while_writing_leaves_no_final_file_and_the_rest_is_swe
         work.commit("sub/b.txt", half)
     """
     run_code(code, tmp_path).communicate()
-    work = Work(tmp_path, "stage", tmp_path / "out", {"n": 1})
+    work = work_of(tmp_path, {"n": 1})
     assert list(work.folder.rglob("*" + PARTIAL)) and not work.has("sub/b.txt")
     finish(tmp_path, {"n": 1})
     assert not list(tmp_path.rglob("*" + PARTIAL))

@@ -64,10 +64,10 @@ def test_published_file_becomes_a_student_of_the_same_outputs(
     for ours, theirs in zip(imported.outputs(pixels), student.outputs(pixels), strict=True):
         assert torch.equal(ours, theirs)
     card = read_card(tmp_path / "out")
-    assert card["provenance"]["epoch"] == 19 and card["provenance"]["loss_y_val"] == 1.5781
-    assert card["provenance"]["loss_y_train"] == 1.6
-    assert card["provenance"]["imported_from"] == "published.pt"
-    assert "ViT-B/32" in str(card["teacher"])
+    assert card.provenance["epoch"] == 19 and card.provenance["loss_y_val"] == 1.5781
+    assert card.provenance["loss_y_train"] == 1.6
+    assert card.provenance["imported_from"] == "published.pt"
+    assert "ViT-B/32" in str(card.teacher)
     assert "_types" not in sys.modules
 
 

@@ -17,6 +17,7 @@ import seeing
 from PIL import Image
 
 from pipeline.core.provenance import read_stamp
+from pipeline.core.records import Recipe
 from pipeline.data import database
 from pipeline.data.runs import append_run
 from pipeline.explore import report_charts
@@ -59,7 +60,7 @@ def write(data):
         data=data,
         student=Student.load(data / "student"),
         index=data / "evaluation" / "index",
-        found=read_stamp(data / "evaluation", "evaluate")["summary"],
+        found=read_stamp(data / "evaluation", "evaluate").summary,
         config=seeing.evaluate_config(),
     )
 
@@ -192,7 +193,7 @@ def test_runs_of_other_pools_are_baselines(tmp_path):
         ("distill", {"loss": 3.0}),
     ):
         metrics |= {"student.parameters": 2_000_000, "student.image_size": 64}
-        append_run(tmp_path, stage, "0" * 64, {}, metrics, "cpu", time.monotonic(), 50, 0.5)
+        append_run(tmp_path, stage, "0" * 64, Recipe(), metrics, "cpu", time.monotonic(), 50, 0.5)
     runs = finished_runs(tmp_path)
     assert sorted(run["series"] for run in runs) == ["baseline: mean", "student", "student"]
     assert {run["images_per_second"] for run in runs} == {100}

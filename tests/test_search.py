@@ -183,7 +183,7 @@ def test_an_index_of_another_student_is_refused(data, tmp_path):
     worlds.forge_stamp(
         copy / "student", lambda stamp: stamp["files"]["model.safetensors"].update(other)
     )
-    with pytest.raises(PipelineError, match="another student"):
+    with pytest.raises(PipelineError, match="not made from the student that data/ holds now"):
         search(copy, Query("x", np.zeros(32), np.zeros(32)), 3)
 
 
@@ -234,7 +234,8 @@ def imported(data, tmp_path) -> Path:
 
     def forge(stamp: dict) -> None:
         stamp |= {"stage": "import_embeddings"}
-        stamp["recipe"] = {"card": stamp["recipe"]["teacher"]["card"] | {"golden": None}}
+        stamp["summary"] |= {"dtype": "imported", "batch": None}
+        stamp["summary"]["teacher"] |= {"config": None, "version": None}
 
     worlds.forge_stamp(tmp_path / "data/teacher", forge)
     return tmp_path / "data"

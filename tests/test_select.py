@@ -197,7 +197,7 @@ def test_a_second_run_writes_nothing_and_the_same_answer_comes_back(data):
     before = path.stat().st_mtime_ns
     assert select(worlds.select_config(), data) == first
     assert path.stat().st_mtime_ns == before
-    assert read_stamp(data / "selection", "select")["summary"] == first
+    assert read_stamp(data / "selection", "select").summary == first
 
 
 def test_the_same_data_give_the_same_bytes(small_world, tmp_path):
@@ -210,7 +210,9 @@ def test_the_same_data_give_the_same_bytes(small_world, tmp_path):
 
 
 def test_a_teacher_of_other_images_is_refused(data):
-    worlds.forge_stamp(data / "teacher", lambda stamp: stamp["recipe"].update(images="other"))
+    worlds.forge_stamp(
+        data / "teacher", lambda stamp: stamp["recipe"]["inputs"].update(images="other")
+    )
     with pytest.raises(PipelineError, match="Run `pipeline teacher-embed` first"):
         run(data)
 

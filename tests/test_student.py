@@ -12,8 +12,9 @@ from students import SMALL, small_student, some_pixels
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import Preprocessing
 from pipeline.models.blocks import Attention, neighbourhood_mask, quick_gelu
-from pipeline.models.student import Preprocessing, Student
+from pipeline.models.student import Student
 from pipeline.training.losses import published_loss
 
 FIXTURES = ["masked_same_norm", "unmasked_free_norm"]

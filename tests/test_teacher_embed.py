@@ -61,7 +61,7 @@ def test_every_good_image_has_every_view_and_every_text_is_embedded(small_world,
     images = pq.read_table(data / "images")
     good = {r["image_id"] for r in images.to_pylist() if r["status"] == "ok"}
     assert rows(data).keys() == {(key, view) for key in good for view in range(3)}
-    assert summary["images"] == 3 * len(good)
+    assert summary.images == 3 * len(good)
     texts = pq.read_table(data / "teacher/texts").to_pylist()
     templates = [x for x in worlds.TEMPLATES.read_text().splitlines() if not x.startswith("#")]
     assert {t["text"] for t in texts if t["image_id"] is None} == {

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import STAMP_FILE, content, digest, file_digest
+from pipeline.core.layout import FOLDERS, STAGES, STAMP_FILE
+from pipeline.core.provenance import content, digest, file_digest, stamp_of
 from pipeline.data import shards
 from pipeline.verify import files
 from pipeline.verify.verify import findings_text, verify
@@ -106,7 +107,9 @@ def test_a_damaged_stamp_is_a_finding_not_a_traceback(data, text):
 
 
 def test_an_edited_recipe_is_noticed(data):
-    worlds.forge_stamp(data / "teacher", lambda stamp: stamp["recipe"].update(batch=9))
+    worlds.forge_stamp(
+        data / "teacher", lambda stamp: stamp["recipe"]["parameters"].update(batch=9)
+    )
     assert promises(data) == ["a finished stage says how it was made"]
 
 
@@ -180,7 +183,7 @@ def forge(data: Path, name: str, change) -> None:
 
 def restamp(data: Path) -> None:
     stamps = {}
-    for room in files.ROOMS:
+    for room in FOLDERS:
         stamp = json.loads((data / room / STAMP_FILE).read_text())
         for name in stamp["files"]:
             path = data / room / name
@@ -188,14 +191,14 @@ def restamp(data: Path) -> None:
                 source = data / "images" / path.name
                 rebase(path, "input", file_digest(source))
             stamp["files"][name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
-        for source in files.INPUTS.get(room, ()):
-            stamp["recipe"][source] = content(stamps[source])
+        for source in STAGES[stamp["stage"]].inputs:
+            stamp["recipe"]["inputs"][source] = content(stamps[source])
         stamp["stamp"] = digest(stamp["recipe"])
         recount(data, room, stamp["summary"])
         if room == "student":
             restamp_student(data, stamp)
-        stamps[room] = stamp
         worlds.forge_stamp(data / room, lambda old, new=stamp: old.update(new))
+        stamps[room] = stamp_of(data, room)
 
 
 def recount(data: Path, room: str, summary: dict) -> None:

@@ -79,7 +79,7 @@ def test_a_class_without_a_stored_prompt_is_named(tmp_path, templates):
 
 def test_the_evaluation_measures_it_with_the_repositorys_templates(small_world, tmp_path_factory):
     data = seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
-    found = read_stamp(data / "evaluation", "evaluate")["summary"]["zero_shot"]
+    found = read_stamp(data / "evaluation", "evaluate").summary["zero_shot"]
     split = dict(
         database.connect(data)
         .execute(

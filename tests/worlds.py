@@ -151,7 +151,8 @@ class World:
 
 def forge_stamp(room: Path, change: Callable[[dict], object]) -> None:
     """Edit the stamp of a finished room in place, under a digest that fits."""
-    from pipeline.core.provenance import STAMP_FILE, sealed, write_json
+    from pipeline.core.layout import STAMP_FILE
+    from pipeline.core.provenance import sealed, write_json
 
     stamp = json.loads((room / STAMP_FILE).read_text())
     change(stamp)

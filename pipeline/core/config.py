@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import Record
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -23,13 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
-class Strict(BaseModel):
-    """No unknown keys, no silent conversion ("8" is not 8), no assignment after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class StudentConfig(Strict):
+class StudentConfig(Record):
     """Everything that fixes a student's shape.
 
     The two published students are 224 px, patch 28, embedding 512, 16 heads, 6 layers:
@@ -64,7 +59,7 @@ class StudentConfig(Strict):
         return self.image_size // self.patch_size
 
 
-class DownloadConfig(Strict):
+class DownloadConfig(Record):
     """manifest -> data/images."""
 
     manifest: str  # CSV or Parquet: url, optional caption, label, boxes
@@ -82,7 +77,7 @@ class DownloadConfig(Strict):
     robots: bool  # respect robots.txt and X-Robots-Tag
 
 
-class TeacherEmbedConfig(Strict):
+class TeacherEmbedConfig(Record):
     """data/images -> data/teacher."""
 
     card: str  # manifests/teachers/NAME.yaml
@@ -106,7 +101,7 @@ class TeacherEmbedConfig(Strict):
         return self
 
 
-class SelectConfig(Strict):
+class SelectConfig(Record):
     """data/images + data/teacher -> data/selection."""
 
     where: str  # SQL condition over the columns of `images` and caption_similarity
@@ -121,7 +116,7 @@ class SelectConfig(Strict):
         return self
 
 
-class LossWeights(Strict):
+class LossWeights(Record):
     """Weights of the terms of the loss; 0 leaves a term out."""
 
     l1: Weight  # the published loss: mean |student - teacher| of unit vectors, times norm 100
@@ -136,7 +131,7 @@ class LossWeights(Strict):
         return self
 
 
-class DistillConfig(Strict):
+class DistillConfig(Record):
     """data/images + data/teacher + data/selection -> data/student."""
 
     student: StudentConfig
@@ -172,7 +167,7 @@ class DistillConfig(Strict):
         return self
 
 
-class EvaluateConfig(Strict):
+class EvaluateConfig(Record):
     """data/student + data/teacher on the held-out split -> data/evaluation."""
 
     split: Literal["val", "test"]
@@ -181,7 +176,7 @@ class EvaluateConfig(Strict):
     templates: str  # text file: a class's vector is the mean of its filled, stored templates
 
 
-SECTIONS: dict[str, type[Strict]] = {
+SECTIONS: dict[str, type[Record]] = {
     "download": DownloadConfig,
     "teacher_embed": TeacherEmbedConfig,
     "select": SelectConfig,
@@ -210,7 +205,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_section(params: Path, section: str) -> Strict:
+def load_section(params: Path, section: str) -> Record:
     """The validated section of a params.yaml.
 
     Raises PipelineError naming file, section, key, what was found and what is allowed.

@@ -8,6 +8,11 @@ RUNS = "runs"  # below data/: one small Parquet row per finished run
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 
 
+def command(stage: str) -> str:
+    """What runs a stage, behind `pipeline`."""
+    return stage.replace("import_", "import ").replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage of the pipeline, its artifact and what the artifact is made from.
@@ -23,7 +28,7 @@ class Stage:
     @property
     def command(self) -> str:
         """What runs it: `pipeline <command>`."""
-        return self.name.replace("import_", "import ").replace("_", "-")
+        return command(self.name)
 
     def out(self, data: Path) -> Path:
         return data / self.folder
@@ -52,8 +57,3 @@ BY_FOLDER = {stage.folder: stage for stage in reversed(STAGES.values())} | {
     "teacher": STAGES["teacher_embed"]
 }
 FOLDERS = ("images", "teacher", "selection", "student", "evaluation")  # as data flows
-
-
-def command(stage: str) -> str:
-    """What runs a stage, behind `pipeline`."""
-    return STAGES[stage].command

@@ -17,14 +17,17 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, ValidationError
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.layout import BY_FOLDER, STAGES, STAMP_FILE, command
+from pipeline.core.records import Recipe, Stamp, StoredFile, TeacherSummary
 
-STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
-STAMP_KEYS = {"stage", "stamp", "recipe", "files", "summary", "digest"}
 PARTIAL = ".partial"
 FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
 
@@ -39,6 +42,11 @@ def file_digest(path: Path) -> str:
     """32 hex digits of the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def stored_file(path: Path) -> StoredFile:
+    """What a stamp says of a file."""
+    return StoredFile(sha256=file_digest(path), bytes=path.stat().st_size)
 
 
 def libraries(*names: str) -> dict[str, str]:
@@ -104,58 +112,111 @@ def lock(data: Path, stage: str) -> Iterator[None]:
         yield
 
 
-def sealed(stamp: dict) -> dict:
-    """A stamp with the digest of all the rest of it, by which damage to it is noticed."""
+def sealed(stamp: dict[str, Any]) -> dict[str, Any]:
+    """A stamp's values with the digest of all the rest of them, by which damage is noticed."""
     rest = {key: value for key, value in stamp.items() if key != "digest"}
     return rest | {"digest": digest(rest)}
 
 
-def read_stamp(out: Path, stage: str) -> dict:
-    """The stamp file of a finished stage.
+def read_stamp(out: Path, stage: str) -> Stamp:
+    """The stamp file of a finished stage; `stamp_of` reads that of a folder of data/.
 
     Raises PipelineError where the stage has not finished, and for a stamp that is damaged.
     """
     try:
-        stamp = json.loads((out / STAMP_FILE).read_text())
+        values = json.loads((out / STAMP_FILE).read_text())
+        stamp = Stamp.model_validate(values)
     except (FileNotFoundError, NotADirectoryError):
         raise PipelineError(
             f"no {out / STAMP_FILE}. Run `pipeline {command(stage)}` first."
         ) from None
+    except ValidationError as error:
+        keys = ", ".join(sorted({".".join(map(str, e["loc"])) or "all" for e in error.errors()}))
+        raise _damaged(out, stage, f"missing, unknown or wrong in it: {keys}") from None
     except ValueError as error:
         raise _damaged(out, stage, str(error)) from None
-    if not isinstance(stamp, dict) or not stamp.keys() >= STAMP_KEYS:
-        raise _damaged(out, stage, f"it has not the keys {', '.join(sorted(STAMP_KEYS))}")
-    if sealed(stamp)["digest"] != stamp["digest"]:
+    if sealed(values)["digest"] != stamp.digest:
         raise _damaged(out, stage, "it does not fit its own digest")
     return stamp
 
 
 def _damaged(out: Path, stage: str, reason: str) -> PipelineError:
     return PipelineError(
-        f"{out / STAMP_FILE} is damaged ({reason}). Delete {out} and run `pipeline {command(stage)}`."
+        f"{out / STAMP_FILE} is damaged, or of another version ({reason}). Delete {out} and run "
+        f"`pipeline {command(stage)}`."
     )
 
 
-def command(stage: str) -> str:
-    """What runs a stage, behind `pipeline`."""
-    return stage.replace("import_", "import ").replace("_", "-")
+def stamp_of(data: Path, folder: str) -> Stamp:
+    """The stamp of a folder of data/. Raises PipelineError as `read_stamp` does."""
+    return read_stamp(data / folder, BY_FOLDER[folder].name)
 
 
-def content(stamp: dict) -> str:
-    """What a later stage's stamp chains: a digest of every file of an out."""
-    return digest({name: entry["sha256"] for name, entry in stamp["files"].items()})
+def teacher_summary(data: Path) -> TeacherSummary:
+    """What data/teacher says of its teacher. Raises PipelineError where it has not been made."""
+    return summary_of(stamp_of(data, "teacher"))
+
+
+def summary_of(stamp: Stamp) -> TeacherSummary:
+    """The summary of data/teacher's stamp. Raises PipelineError for one that was edited."""
+    try:
+        return TeacherSummary.model_validate(stamp.summary)
+    except ValidationError as error:
+        keys = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+        raise PipelineError(
+            f"the summary in data/teacher's {STAMP_FILE} is wrong: {keys}. Delete data/teacher and "
+            f"run `pipeline {command(stamp.stage)}`."
+        ) from None
+
+
+def content(stamp: Stamp) -> str:
+    """What a later stage's stamp chains: a digest of every file of a folder."""
+    return digest({name: file.sha256 for name, file in stamp.files.items()})
+
+
+def contents(stamps: dict[str, Stamp]) -> dict[str, JsonValue]:
+    """Folder -> content: the inputs of a recipe."""
+    return {folder: content(stamp) for folder, stamp in stamps.items()}
+
+
+def require_inputs(data: Path, stage: str) -> dict[str, Stamp]:
+    """Folder -> stamp of all that a stage reads, each made from what lies in data/ now.
+
+    Raises PipelineError where one is missing, damaged or made from something else.
+    """
+    return require_folders(data, STAGES[stage].inputs)
+
+
+def require_folders(data: Path, folders: Iterable[str]) -> dict[str, Stamp]:
+    """Folder -> stamp of these folders of data/, which are of one run.
+
+    Raises PipelineError as `require_inputs` does.
+    """
+    stamps = {folder: stamp_of(data, folder) for folder in folders}
+    for folder, stamp in stamps.items():
+        if changed := outdated_inputs(stamp, stamps):
+            raise PipelineError(
+                f"data/{folder} was not made from the {' and '.join(changed)} that data/ holds now. "
+                f"Run `pipeline {command(stamp.stage)}` first."
+            )
+    return stamps
+
+
+def outdated_inputs(stamp: Stamp, stamps: dict[str, Stamp]) -> list[str]:
+    """Which of its inputs, of those in stamps, changed since a folder was made from them."""
+    inputs = [name for name in STAGES[stamp.stage].inputs if name in stamps]
+    return [name for name in inputs if stamp.recipe.inputs.get(name) != content(stamps[name])]
 
 
 class Work:
     """One stage's run: its lock, its work folder, and the way its files reach the out.
 
-    stage: its name; out: the DVC out, a folder below data; recipe: every value that determines
-    the bytes (parameters, versions of nouns, contents of the inputs), JSON-able.
+    stage: its name; out: the DVC out, a folder below data; recipe: all that determines the bytes.
     """
 
-    def __init__(self, data: Path, stage: str, out: Path, recipe: dict):
+    def __init__(self, data: Path, stage: str, out: Path, recipe: Recipe):
         self.data, self.stage, self.out, self.recipe = data, stage, out, recipe
-        self.stamp = digest(recipe)
+        self.stamp = digest(recipe.model_dump())
         self.room = data / ".work" / stage
         self.folder = self.room / self.stamp
 
@@ -165,11 +226,11 @@ class Work:
             stamp = read_stamp(self.out, self.stage)
         except PipelineError:
             return False
-        whole = stamp["stamp"] == self.stamp and all(
-            (self.out / name).is_file() and (self.out / name).stat().st_size == entry["bytes"]
-            for name, entry in stamp["files"].items()
+        complete = stamp.stamp == self.stamp and all(
+            (self.out / name).is_file() and (self.out / name).stat().st_size == file.bytes
+            for name, file in stamp.files.items()
         )
-        return whole and not self._strangers()
+        return complete and not self._strangers()
 
     def begin(self) -> None:
         """Refuse an out that holds strangers' files; open the work folder.
@@ -224,22 +285,14 @@ class Work:
         for name in scratch:
             shutil.rmtree(self.room / name, ignore_errors=True)
 
-    def publish(self, names: list[str], summary: dict) -> None:
+    def publish(self, names: list[str], summary: dict[str, Any]) -> None:
         """Make the out exactly these files of the work folder plus the stamp file, by links.
 
         The out is built aside and renamed into place: it is never half of two runs. Older work
         folders are removed then.
         """
-        files = {
-            name: {
-                "sha256": file_digest(self.folder / name),
-                "bytes": (self.folder / name).stat().st_size,
-            }
-            for name in sorted(names)
-        }
-        stamp = {"stage": self.stage, "stamp": self.stamp, "recipe": self.recipe}
-        stamp |= {"files": files, "summary": summary}
-        write_json(self.folder / STAMP_FILE, sealed(stamp))
+        files = {name: stored_file(self.folder / name) for name in sorted(names)}
+        write_json(self.folder / STAMP_FILE, self._stamp(files, summary).model_dump())
         aside, old = self.room / "out.new", self.room / "out.old"
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -254,6 +307,16 @@ class Work:
         for folder in self._other_stamps():
             shutil.rmtree(folder)
 
+    def _stamp(self, files: dict[str, StoredFile], summary: dict[str, Any]) -> Stamp:
+        values = {
+            "stage": self.stage,
+            "stamp": self.stamp,
+            "recipe": self.recipe.model_dump(),
+            "files": {name: file.model_dump() for name, file in files.items()},
+            "summary": summary,
+        }
+        return Stamp.model_validate(sealed(values))
+
     def _strangers(self) -> list[str]:
         """Files of the out that no finished run of this stage wrote.
 
@@ -264,7 +327,7 @@ class Work:
         ours = set()
         if (self.out / STAMP_FILE).is_file():
             stamp = read_stamp(self.out, self.stage)
-            ours = {STAMP_FILE, *stamp["files"]} if stamp["stage"] == self.stage else set()
+            ours = {STAMP_FILE, *stamp.files} if stamp.stage == self.stage else set()
         files = {str(p.relative_to(self.out)) for p in self.out.rglob("*") if not p.is_dir()}
         return sorted(files - ours)
 

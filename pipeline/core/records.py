@@ -3,7 +3,7 @@
 Each is documented here and nowhere else. What goes to disk as JSON is a record's `model_dump`.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -12,7 +12,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Record(BaseModel):
-    """No unknown keys, no silent conversion, no assignment after construction."""
+    """No unknown keys, no silent conversion ("8" is not 8), no assignment after construction."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -26,6 +26,10 @@ class Preprocessing(Record):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"  # the centre square, or all of it
 
+    def at(self, image_size: int) -> "Preprocessing":
+        """The same for another image size (px)."""
+        return self.model_copy(update={"image_size": image_size})
+
 
 class StoredFile(Record):
     """A file of a finished stage."""
@@ -35,15 +39,11 @@ class StoredFile(Record):
 
 
 class Recipe(Record):
-    """Everything that decides a stage's bytes; the libraries are recorded elsewhere.
+    """Everything that decides a stage's bytes; the libraries are recorded elsewhere."""
 
-    parameters: values of params.yaml, and the contents of the files that they name; versions: of
-    the modules that decide bytes; inputs: what the stage reads -> digest of its content.
-    """
-
-    parameters: dict[str, JsonValue]
-    versions: dict[str, int]
-    inputs: dict[str, JsonValue]
+    parameters: dict[str, JsonValue] = {}  # of params.yaml, and contents of files they name
+    versions: dict[str, int] = {}  # of the modules that decide bytes
+    inputs: dict[str, JsonValue] = {}  # what the stage reads -> digest; folders of data/ by name
 
 
 class Stamp(Record):
@@ -60,41 +60,34 @@ class Stamp(Record):
     digest: Digest  # of all the rest, by which damage is noticed
 
 
+class NamedTeacher(Record):
+    """A teacher card without its golden vectors: which model and weights, by what name."""
+
+    name: str  # how this teacher is called in results
+    model: str  # open_clip model name, or local-dir:FOLDER relative to the card
+    pretrained: str | None  # open_clip tag, or a checkpoint file relative to the card
+    sha256: str | None  # of the local checkpoint's bytes; null for a tag
+    activation: Literal["gelu", "quickgelu"]
+
+
+class TeacherIdentity(Record):
+    """What determines a teacher's vectors, apart from dtype and batch size."""
+
+    card: NamedTeacher
+    config: Digest | None = None  # of a local folder's open_clip_config.json
+    version: int | None = None  # of models/teacher.py; null for imported embeddings
+
+
 class TeacherSummary(Record):
     """What later stages know of the teacher without loading it: the summary of data/teacher."""
 
-    card: dict[str, JsonValue]  # the teacher card without its golden vectors
+    teacher: TeacherIdentity
     embedding_size: Annotated[int, Field(gt=0)]
     preprocessing: Preprocessing
     dtype: Literal["bfloat16", "float32", "imported"]
-    least_cosine_to_float32: dict[Literal["image", "text"], float] | None
+    batch: Annotated[int, Field(gt=0)] | None  # of the inference; null for imported embeddings
+    least_cosine_to_float32: dict[str, float] | None  # by tower, on some rows; null for float32
     views: Annotated[int, Field(gt=0)]
     images: Annotated[int, Field(ge=0)]  # rows: images times views
     texts: Annotated[int, Field(ge=0)]
-    notes: dict[str, int] = {}  # further counts, of imported embeddings
-
-
-class Metric(Record):
-    """One figure of an evaluation beside what it must be compared with."""
-
-    value: float
-    low: float  # 95 % interval, over images
-    high: float
-    floor: float | None  # what a student that learned nothing gets: the mean embedding, chance
-    ceiling: float | None  # what the teacher gets
-
-
-class StepPosition(NamedTuple):
-    """Where training stands; with the batch size, all that a resume needs to know of the data."""
-
-    seed: int
-    epoch: int
-    step: int  # within the epoch
-
-
-class RowAddress(NamedTuple):
-    """Where a row of data/images lies."""
-
-    shard: int
-    group: int  # row group of the shard
-    row: int  # in the row group
+    further_counts: dict[str, int] = {}  # of imported embeddings: what was joined with what

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.provenance import command_line, write_file
+from pipeline.core.records import Recipe
 
 SCHEMA = pa.schema(
     [
@@ -32,7 +33,7 @@ SCHEMA = pa.schema(
 
 
 def append_run(
-    data: Path, stage: str, stamp: str, recipe: dict, metrics: dict, device: str, began: float,
+    data: Path, stage: str, stamp: str, recipe: Recipe, metrics: dict, device: str, began: float,
     images: int, spent: float | None = None,
 ) -> None:  # fmt: skip
     """Add a row. began: time.monotonic() at the start; images: how many were processed since, in
@@ -49,7 +50,7 @@ def append_run(
         "host": platform.node(),
         "git_revision": _git_revision(),
         "command": command_line(),
-        "recipe": json.dumps(recipe, sort_keys=True),
+        "recipe": json.dumps(recipe.model_dump(), sort_keys=True),
         "metrics": json.dumps(metrics, sort_keys=True),
     }
     path = data / "runs" / f"{stage}-{stamp[:12]}-{time.time_ns()}.parquet"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import read_stamp
+from pipeline.core.provenance import stamp_of, teacher_summary
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import NotAnImage, decode
@@ -61,22 +61,24 @@ class Queries:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when open_clip is imported
         import torch
 
-        from pipeline.models.teacher import Teacher, teacher_recipe
+        from pipeline.models.teacher import Teacher, teacher_identity
 
-        stored = _stored_teacher(read_stamp(self.data / "teacher", "teacher_embed")["recipe"])
+        stored = teacher_summary(self.data)
         logging.disable(logging.ERROR)  # what open_clip logs of missing weights stands in the note
         try:
             teacher = Teacher(self.card, torch.device("cpu"))
-            found = teacher_recipe(teacher.card, self.card)
+            found = teacher_identity(teacher.card, self.card)
         except PipelineError as error:
             self.no_teacher = f"{str(error).split('. ')[0].rstrip('.')}."
             return None
         finally:
             logging.disable(logging.NOTSET)
-        if any(found[key] != value for key, value in stored.items()):
+        same_config = stored.dtype == "imported" or found.config == stored.teacher.config
+        if found.card != stored.teacher.card or not same_config:
             raise PipelineError(
                 f"{self.card} is not the teacher of data/teacher, which is "
-                f"{stored['card']['name']} ({stored['card']['model']}). Name its card with --card."
+                f"{stored.teacher.card.name} ({stored.teacher.card.model}). Name its card with "
+                "--card."
             )
         return teacher
 
@@ -129,9 +131,9 @@ class Queries:
 
     def view(self, image: np.ndarray, size: int) -> np.ndarray:
         """(h, w, 3) uint8 -> (size, size, 3): what teacher and student see of an image."""
-        how = read_stamp(self.data / "teacher", "teacher_embed")["summary"]["preprocessing"]
-        view = canonical_view(image.shape[1], image.shape[0], how["resize_mode"], how["image_size"])
-        return np.array(view_pixels(image, view.box, view.flip, size, how["interpolation"]))
+        how = teacher_summary(self.data).preprocessing
+        view = canonical_view(image.shape[1], image.shape[0], how.resize_mode, how.image_size)
+        return np.array(view_pixels(image, view.box, view.flip, size, how.interpolation))
 
     def _near(self, text: str) -> list[str]:
         """A few stored texts: those with the same words, then those that are written alike."""
@@ -148,29 +150,23 @@ class Queries:
         return [_short(t) for t in heapq.nlargest(5, stored, nearness)]
 
 
-def _stored_teacher(recipe: dict) -> dict:
-    """What is known of the teacher whose vectors are stored; of imported ones only its card."""
-    if "teacher" in recipe:
-        return {key: recipe["teacher"][key] for key in ("card", "config")}
-    return {"card": {key: value for key, value in recipe["card"].items() if key != "golden"}}
-
-
 def read_image(data: Path, file: Path) -> np.ndarray:
     """An image file as the download stage would have stored it: (h, w, 3) uint8, upright RGB.
 
     Raises PipelineError for what it would have refused, with the reason.
     """
-    recipe = read_stamp(data / "images", "download")["recipe"]
-    stored = recipe["pixels"]["image_size"], recipe["pixels"]["quality"]
+    rules = stamp_of(data, "images").recipe.parameters
     try:
-        jpg, *_ = canonical_jpeg(file.read_bytes(), *stored, recipe["rules"]["max_pixels"])
+        jpg, *_ = canonical_jpeg(
+            file.read_bytes(), rules["image_size"], rules["quality"], rules["max_pixels"]
+        )
         return decode(jpg)
     except OSError as error:
         raise PipelineError(f"{file} cannot be read: {error.strerror}.") from None
     except (NotAnImage, TooManyPixels) as error:
         raise PipelineError(
             f"{file} is no image that can be used: {error}. Expected a whole JPEG, PNG, WebP, GIF, "
-            f"BMP or TIFF of at most {recipe['rules']['max_pixels']} pixels."
+            f"BMP or TIFF of at most {rules['max_pixels']} pixels."
         ) from None
 
 

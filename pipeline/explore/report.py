@@ -16,7 +16,7 @@ import jinja2
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import read_stamp, write_file
+from pipeline.core.provenance import require_inputs, stamp_of, write_file
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
@@ -109,7 +109,7 @@ def report(
 
     Raises PipelineError before `pipeline evaluate`.
     """
-    found = read_stamp(data / "evaluation", "evaluate")["summary"]
+    found = stamp_of(data, "evaluation").summary
     student, index = Student.load(data / "student"), data / "evaluation" / "index"
     runs = finished_runs(data)
     write = partial(write_report, data=data, student=student, index=index, found=found)
@@ -129,17 +129,15 @@ def _summary(found: dict, student: Student) -> str:
 def _made(data: Path, student: Student) -> dict[str, dict]:
     """Tables of names and values: teacher, student, training, and the stamps of every stage."""
     card = read_card(data / "student")
-    teacher, trained = card["teacher"] or {}, card["provenance"]
-    rooms = {"images": "download", "teacher": "teacher_embed"}
-    rooms |= {"selection": "select", "student": "distill"}
-    stamps = {room: read_stamp(data / room, stage)["stamp"] for room, stage in rooms.items()}
-    training = {k: v for k, v in trained.get("config", {}).items() if k != "student"}
+    stamps = require_inputs(data, "evaluate")
+    parameters = stamps["student"].recipe.parameters
+    training = {name: value for name, value in parameters.items() if name != "student"}
     return {
-        "Teacher": _flat(teacher) | {"licence": card["license"] or "not recorded"},
+        "Teacher": _flat(card.teacher or {}) | {"licence": card.license or "not recorded"},
         "Student": student.config.model_dump(),
         "Training": _flat(training),
-        "Stamps of the stages": stamps,
-        "Libraries at training": trained.get("libraries", {}),
+        "Stamps of the stages": {folder: stamp.stamp for folder, stamp in stamps.items()},
+        "Libraries at training": card.provenance.get("libraries", {}),
     }
 
 

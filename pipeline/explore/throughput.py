@@ -6,6 +6,9 @@ import json
 from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from pipeline.core.records import Recipe, TeacherIdentity
 from pipeline.data import database
 from pipeline.explore import report_charts
 
@@ -22,8 +25,7 @@ def finished_runs(data: Path) -> list[dict]:
 def _run(stage: str, stamp: str, device: str, speed: float, recipe: str, metrics: str) -> dict:
     run = {"stamp": stamp, "device": device, "images_per_second": speed}
     if stage == "teacher_embed":
-        name = json.loads(recipe)["teacher"]["card"]["name"]
-        return run | {"series": "teacher", "what": f"teacher {name}", "cosine": 1.0}
+        return run | {"series": "teacher", "what": f"teacher{_name(recipe)}", "cosine": 1.0}
     found = json.loads(metrics)
     run |= {"series": "student", "what": "student", "cosine": found["fidelity.cosine"]}
     if "student.pool" in found:
@@ -32,6 +34,15 @@ def _run(stage: str, stamp: str, device: str, speed: float, recipe: str, metrics
         if found["student.pool"] != OURS:
             run["series"] = f"baseline: {found['student.pool']}"
     return run
+
+
+def _name(recipe: str) -> str:
+    """The teacher's name, but of runs of an earlier version."""
+    try:
+        identity = Recipe.model_validate_json(recipe).parameters.get("teacher")
+        return f" {TeacherIdentity.model_validate(identity).card.name}"
+    except ValidationError:
+        return ""
 
 
 def throughput(runs: list[dict], floor: float) -> dict | None:

@@ -5,33 +5,31 @@ The card is what DVC and every stamp depend on; a local checkpoint enters by its
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.core.config import Strict
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import NamedTeacher, Record
 
 CHECKPOINTS = (".safetensors", ".pt", ".bin", ".pth")  # endings of files; a tag has none
 
 
-class Golden(Strict):
+class Golden(Record):
     """First values of the unit embeddings of the teacher's fixed test pattern and test text."""
 
     image: list[float] = Field(min_length=4)
     text: list[float] = Field(min_length=4)
 
 
-class TeacherCard(Strict):
+class TeacherCard(NamedTeacher):
     """What a card says."""
 
-    name: str  # how this teacher is called in results
-    model: str  # open_clip model name, or local-dir:FOLDER relative to the card
-    pretrained: str | None  # open_clip tag, or a checkpoint file relative to the card
-    sha256: str | None  # of the local checkpoint's bytes; null for a tag
-    activation: Literal["gelu", "quickgelu"]
     golden: Golden | None
+
+    def named(self) -> NamedTeacher:
+        """Without the golden vectors, which check a teacher and change none of its vectors."""
+        return NamedTeacher(**self.model_dump(exclude={"golden"}))
 
 
 def read_card(path: Path) -> TeacherCard:

@@ -18,9 +18,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import file_digest
+from pipeline.core.records import Preprocessing
 from pipeline.models.student import Student, load_weights, validated
 
 ENUM_MODULE = "_types."
+# The published training code resized the whole image to a square, without keeping its shape.
+PUBLISHED = Preprocessing(interpolation="bilinear", resize_mode="squash")
 
 
 class _StandIn:
@@ -34,7 +37,8 @@ def import_checkpoint(file: Path | str, out_folder: Path | str) -> Student:
     """Read a published .pt file, write the folder that `Student.load` reads, return the student.
 
     The variant is recognised from the weights: with a learned `scale` it is `multimodal-patch`
-    (neighbourhood mask and same_norm), without one `no-cls`. The preprocessing is OpenAI CLIP's.
+    (neighbourhood mask and same_norm), without one `no-cls`. Its mean and std are OpenAI CLIP's; it
+    saw whole images, squashed to a square with bilinear interpolation.
 
     Raises PipelineError for a missing, foreign, damaged or hostile file.
     """
@@ -89,7 +93,7 @@ def student_from_state(state: dict[str, Tensor], source: Path | str) -> Student:
         "pool": "extra-head",
         "temperature": 1.0,
     }
-    student = Student(validated(StudentConfig, config, source))
+    student = Student(validated(StudentConfig, config, source), PUBLISHED)
     load_weights(student, state, source)
     return student.eval()
 

@@ -1,16 +1,43 @@
 """What a teacher card says of preprocessing, without the teacher's weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import Preprocessing
 from pipeline.models.card import TeacherCard
 from pipeline.models.open_clip import open_clip
 
 
-def stated_preprocessing(card: TeacherCard, path: Path) -> dict:
-    """image_size (px), mean, std, interpolation and resize_mode of the card's model, as
-    `Teacher.preprocessing` gives them, from open_clip's lists or the local folder's configuration.
+def preprocessing_of(values: Mapping[str, Any], card_path: Path) -> Preprocessing:
+    """open_clip's `preprocess_cfg` as our record.
+
+    Raises PipelineError for a resize mode or an interpolation that the students cannot imitate.
+    """
+    size = values["size"]
+    try:
+        return Preprocessing(
+            image_size=size if isinstance(size, int) else size[0],
+            mean=values["mean"],
+            std=values["std"],
+            interpolation=values["interpolation"],
+            resize_mode=values["resize_mode"],
+        )
+    except ValidationError as error:
+        found = "; ".join(f"{e['loc'][0]} {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise PipelineError(
+            f"{card_path}: this model's preprocessing cannot be used ({found}). Only a resize of "
+            "the shorter side and `squash` keep a crop box meaningful. Choose another teacher."
+        ) from None
+
+
+def stated_preprocessing(card: TeacherCard, path: Path) -> Preprocessing:
+    """The preprocessing of the card's model, from open_clip's lists or the local folder's
+    configuration; equal to that of the loaded `Teacher`.
 
     path: the card's. Raises PipelineError for a model that open_clip does not know.
     """
@@ -25,8 +52,6 @@ def stated_preprocessing(card: TeacherCard, path: Path) -> dict:
         raise PipelineError(f"{path}: open_clip knows no model {card.model!r}.")
     size = model["vision_cfg"].get("image_size", 224)
     defaults = open_clip.transform.PreprocessCfg()
-    stated = {"image_size": size if isinstance(size, int) else size[0]}
-    for name in ("mean", "std", "interpolation", "resize_mode"):
-        value = tag.get(name, getattr(defaults, name))
-        stated[name] = value if isinstance(value, str) else list(value)
-    return stated
+    names = ("mean", "std", "interpolation", "resize_mode")
+    stated = {name: tag.get(name, getattr(defaults, name)) for name in names}
+    return preprocessing_of(stated | {"size": size}, path)

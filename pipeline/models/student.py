@@ -14,35 +14,39 @@ how it was trained, and holds the digest of the weights, so that a mixed pair is
 import copy
 import json
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import safetensors
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationError
+from pydantic import JsonValue, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.core.config import Strict, StudentConfig
+from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import file_digest, write_file, write_json
+from pipeline.core.records import Digest, Preprocessing, Record
 from pipeline.models.blocks import Transformer, neighbourhood_mask
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FORMAT = 1  # of config.json
+FORMAT = 2  # of config.json
 MAX_SCALE = 10.0  # cap of the learned length of same_norm patches
+R = TypeVar("R", bound=Record)
 EPSILON = 1e-6  # shortest length that is divided by: a zero vector stays zero
 CLASS_TOKENS = {"extra-head": 0, "mean": 0, "cls": 1, "cls-distill": 2}
 
-RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
 
+class StudentCard(Record):
+    """config.json of a student folder."""
 
-class Preprocessing(Strict):
-    """How pixels reach the student: the teacher's way. The defaults are OpenAI CLIP's."""
-
-    mean: RGB = Field(default=[0.48145466, 0.4578275, 0.40821073])  # of RGB values in [0, 1]
-    std: RGB = Field(default=[0.26862954, 0.26130258, 0.27577711])
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    format: Literal[2]
+    student: StudentConfig
+    preprocessing: Preprocessing
+    teacher: dict[str, JsonValue] | None  # what is known of it
+    license: str | None
+    provenance: dict[str, JsonValue]  # of a trained one: stage, stamp, recipe, libraries
+    weights_digest: Digest
 
 
 class Outputs(NamedTuple):
@@ -71,7 +75,7 @@ class Student(nn.Module):
     def __init__(self, config: StudentConfig, preprocessing: Preprocessing | None = None):
         super().__init__()
         self.config = config
-        self.preprocessing = preprocessing or Preprocessing()
+        self.preprocessing = (preprocessing or Preprocessing()).at(config.image_size)
         patches, side = config.grid**2, config.patch_size
         width = config.embedding_size + config.heads
         tokens = CLASS_TOKENS[config.pool]
@@ -246,22 +250,20 @@ class Student(nn.Module):
         teacher: dict | None = None,
         license: str | None = None,
     ) -> None:
-        """Write the folder that `load` reads. All three records are JSON-able."""
+        """Write the folder that `load` reads. provenance and teacher: JSON-able."""
         folder = Path(folder)
         state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         write_file(folder / WEIGHTS, lambda partial: save_file(state, partial, {"format": "pt"}))
-        write_json(
-            folder / CONFIG,
-            {
-                "format": FORMAT,
-                "student": self.config.model_dump(),
-                "preprocessing": self.preprocessing.model_dump(),
-                "teacher": teacher,
-                "license": license,
-                "provenance": provenance,
-                "weights_digest": file_digest(folder / WEIGHTS),
-            },
+        card = StudentCard(
+            format=FORMAT,
+            student=self.config,
+            preprocessing=self.preprocessing,
+            teacher=teacher,
+            license=license,
+            provenance=provenance,
+            weights_digest=file_digest(folder / WEIGHTS),
         )
+        write_json(folder / CONFIG, card.model_dump(mode="json"))
 
     @classmethod
     def load(cls, folder: Path | str) -> "Student":
@@ -271,12 +273,9 @@ class Student(nn.Module):
         """
         folder = Path(folder)
         card = read_card(folder)
-        student = cls(
-            validated(StudentConfig, card.get("student"), folder / CONFIG),
-            validated(Preprocessing, card.get("preprocessing"), folder / CONFIG),
-        )
+        student = cls(card.student, card.preprocessing)
         try:
-            intact = file_digest(folder / WEIGHTS) == card.get("weights_digest")
+            intact = file_digest(folder / WEIGHTS) == card.weights_digest
             state = load_file(folder / WEIGHTS)
         except FileNotFoundError:
             raise PipelineError(f"no {folder / WEIGHTS}. Run `pipeline distill` first.") from None
@@ -301,8 +300,8 @@ def load_weights(student: Student, state: dict[str, Tensor], source: Path | str)
         raise PipelineError(f"{source} does not fit its configuration. {error}") from None
 
 
-def read_card(folder: Path) -> dict:
-    """config.json of a student folder."""
+def read_card(folder: Path) -> StudentCard:
+    """config.json of a student folder. Raises PipelineError where there is none, or a wrong one."""
     path = Path(folder) / CONFIG
     try:
         card = json.loads(path.read_text())
@@ -312,12 +311,14 @@ def read_card(folder: Path) -> dict:
         raise PipelineError(f"{path} is not JSON: {error}") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PipelineError(
-            f"{path} is no student of format {FORMAT}. Run `pipeline distill` again."
+            f"{path} is no student of format {FORMAT}. Run `pipeline distill` (or `pipeline import "
+            "checkpoint`) again."
         )
-    return card
+    return validated(StudentCard, card, path)
 
 
-def validated(model: type[Strict], values, source: Path | str):
+def validated(model: type[R], values: object, source: Path | str) -> R:
+    """values as a record. Raises PipelineError naming source, key and what was found."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

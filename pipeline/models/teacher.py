@@ -10,8 +10,10 @@ import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import digest, libraries
+from pipeline.core.records import TeacherIdentity
 from pipeline.models.card import TeacherCard, check_weights, read_card, weights_file
 from pipeline.models.open_clip import open_clip
+from pipeline.models.stated_preprocessing import preprocessing_of
 
 VERSION = 1  # raise it when a change here changes every embedding
 TEXTS_VERSION = 2  # of texts alone; 2: a text's length ends at its end token, whatever its ids
@@ -23,8 +25,7 @@ FAITHFUL = 0.999  # least cosine per row between bfloat16 and float32
 class Teacher:
     """open_clip's two towers, frozen, at float32 until `use` lowers them.
 
-    image_size (px, square), mean, std (of RGB in [0, 1]), interpolation and resize_mode are the
-    model's own preprocessing; embedding_size is E.
+    preprocessing: the model's own; embedding_size: E.
 
     Raises PipelineError: no or wrong weights, a checkpoint of another architecture, an activation
     or golden vectors other than the card's.
@@ -36,31 +37,16 @@ class Teacher:
         check_weights(self.card, card_path)
         self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
         self.tokenize = open_clip.get_tokenizer(_model_name(self.card, card_path))
-        preprocess = self.model.visual.preprocess_cfg
-        size = preprocess["size"]
-        self.image_size = size if isinstance(size, int) else size[0]
-        self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
-        self.interpolation = preprocess["interpolation"]
-        self.resize_mode = preprocess["resize_mode"]
-        if self.resize_mode not in ("shortest", "squash"):
-            raise PipelineError(
-                f"{card_path}: {self.card.model} resizes by {self.resize_mode!r}; only `shortest` "
-                "and `squash` keep a crop box meaningful. Choose another teacher."
-            )
+        self.preprocessing = preprocessing_of(self.model.visual.preprocess_cfg, card_path)
         if check_activation:  # not while a card is being written
             self._check_activation(card_path)
         self._check_golden(card_path)
         self.embedding_size = self.embed_texts([GOLDEN_TEXT]).shape[1]
 
-    def preprocessing(self) -> dict:
-        """Everything a student needs to see images as this teacher does."""
-        return {
-            "image_size": self.image_size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "resize_mode": self.resize_mode,
-        }
+    @property
+    def image_size(self) -> int:
+        """S, px."""
+        return self.preprocessing.image_size
 
     def use(self, dtype: torch.dtype, pixels: np.ndarray, texts: list[str]) -> dict[str, float]:
         """Go over to dtype; returns the least cosine to float32 on these images and texts.
@@ -144,8 +130,8 @@ class Teacher:
     def normalised(self, pixels: np.ndarray) -> torch.Tensor:
         """(B, S, S, 3) uint8 -> (B, 3, S, S) in the teacher's dtype, on its device."""
         x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(0, 3, 1, 2)
-        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.preprocessing.std, device=self.device).view(3, 1, 1)
         return ((x.float() / 255 - mean) / std).to(self.dtype)
 
     def golden(self) -> dict[str, list[float]]:
@@ -182,16 +168,14 @@ class Teacher:
                 )
 
 
-def teacher_recipe(card: TeacherCard, card_path: Path) -> dict:
+def teacher_identity(card: TeacherCard, card_path: Path) -> TeacherIdentity:
     """What determines this teacher's vectors, apart from dtype and batch size."""
     weights = weights_file(card, card_path)
     config = weights.parent / "open_clip_config.json" if weights else None
     local = card.model.startswith("local-dir:") and config.is_file()
-    return {
-        "card": card.model_dump(exclude={"golden"}),
-        "config": digest(config.read_text()) if local else None,
-        "version": VERSION,
-    }
+    return TeacherIdentity(
+        card=card.named(), config=digest(config.read_text()) if local else None, version=VERSION
+    )
 
 
 def teacher_libraries() -> dict[str, str]:

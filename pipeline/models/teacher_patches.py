@@ -57,7 +57,7 @@ def row_viewer(teacher: Teacher) -> Callable[[dict], PatchView]:
     Raises PipelineError at once for a tower that is no plain ViT.
     """
     _last_block(teacher)
-    size, how = teacher.image_size, teacher.interpolation
+    size, how = teacher.image_size, teacher.preprocessing.interpolation
 
     def view(row: dict) -> PatchView:
         image = decode(row["jpg"])

@@ -75,7 +75,7 @@ def _good_rows(file, group: int, config: TeacherEmbedConfig, teacher: Teacher) -
     good = [row | {"place": i} for i, row in enumerate(rows) if row["status"] == "ok"]
     for row in good:
         content = row["sha256"], row["width"], row["height"]
-        own = canonical_view(*content[1:], teacher.resize_mode, teacher.image_size)
+        own = canonical_view(*content[1:], teacher.preprocessing.resize_mode, teacher.image_size)
         row["views"] = [own] + [
             random_view(
                 content[0], v, *content[1:], config.crop_area, config.crop_ratio, config.seed
@@ -113,7 +113,7 @@ def _preparer(teacher: Teacher) -> Callable:
                 f"the stored JPEG {keys[0][0]} cannot be decoded ({error}): data/images is damaged. "
                 "Delete it and run `pipeline download` again."
             ) from None
-        size, how = teacher.image_size, teacher.interpolation
+        size, how = teacher.image_size, teacher.preprocessing.interpolation
         return [
             (key, view_pixels(image, view.box, view.flip, size, how))
             for key, view in zip(keys, views, strict=True)

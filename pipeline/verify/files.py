@@ -9,22 +9,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.config import SECTIONS
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import (
-    STAMP_FILE,
-    command,
-    content,
-    digest,
-    file_digest,
-    read_stamp,
-)
+from pipeline.core.layout import BY_FOLDER, FOLDERS, STAGES, STAMP_FILE, command
+from pipeline.core.provenance import digest, file_digest, outdated_inputs, stamp_of, summary_of
+from pipeline.core.records import Stamp
 from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
@@ -32,20 +26,7 @@ from pipeline.fetch.manifest import image_id
 from pipeline.fetch.masks import png_size
 from pipeline.fetch.policy import STATUSES
 
-ROOMS = {  # in the order in which data flows
-    "images": "download",
-    "teacher": "teacher_embed",
-    "selection": "select",
-    "student": "distill",
-    "evaluation": "evaluate",
-}
 IMPORTED = "import_embeddings"  # the other stage that may have made data/teacher
-INPUTS = {  # room -> rooms whose contents its recipe names
-    "teacher": ("images",),
-    "selection": ("images", "teacher"),
-    "student": ("images", "teacher", "selection"),
-    "evaluation": ("images", "teacher", "selection", "student"),
-}
 FAR_FROM_UNIT = 1e-3  # of the length of a stored embedding
 KNOWN_STATUSES = {"ok", "duplicate_url", "empty_url"} | STATUSES
 BROKEN = (pa.ArrowException, OSError, ValueError, PipelineError)  # what a damaged shard raises
@@ -60,44 +41,44 @@ class Finding(NamedTuple):
     run: str  # the command that mends it
 
 
-Stamps = dict[str, dict]
+Stamps = dict[str, Stamp]  # by folder
 Progress = Callable[[int], object]  # is told bytes that were read
 
 
-def remade(data: Path, room: str) -> str:
-    """The command that makes a room anew; without the `rm` a stage may believe that it is done."""
-    return f"rm -r {data / room} && pipeline {command(_maker(data, room))}"
+def remade(data: Path, folder: str) -> str:
+    """The command that makes a folder anew; without the `rm` a stage may believe it is done."""
+    return f"rm -r {data / folder} && pipeline {command(_maker(data, folder))}"
 
 
-def _maker(data: Path, room: str) -> str:
-    """The stage that made a room, where its stamp still says so."""
+def _maker(data: Path, folder: str) -> str:
+    """The stage that made a folder, where its stamp still says so."""
     with contextlib.suppress(PipelineError):
-        if read_stamp(data / room, ROOMS[room])["stage"] == IMPORTED:
-            return IMPORTED
-    return ROOMS[room]
+        stage = stamp_of(data, folder).stage
+        if stage in STAGES and STAGES[stage].folder == folder:
+            return stage
+    return BY_FOLDER[folder].name
 
 
 def read_stamps(data: Path) -> tuple[Stamps, list[Finding]]:
-    """The stamps of all finished rooms, and what is wrong with them."""
+    """The stamps of all finished folders, and what is wrong with them."""
     stamps, findings = {}, []
-    for room, stage in ROOMS.items():
-        if not (data / room).exists():
+    for folder in FOLDERS:
+        if not (data / folder).exists():
             continue
         try:
-            stamp = read_stamp(data / room, stage)
-            expected = {stage, IMPORTED} if room == "teacher" else {stage}
-            if stamp["stage"] not in expected or stamp["stamp"] != digest(stamp["recipe"]):
-                raise PipelineError("its stage or its stamp is not that of its recipe")
-            if (data / room / STAMP_FILE).read_text() != canonical(stamp) or not content(stamp):
+            stamp = stamp_of(data, folder)
+            if stamp.stage not in STAGES or STAGES[stamp.stage].folder != folder:
+                raise PipelineError("its stage makes another folder")
+            if stamp.stamp != digest(stamp.recipe.model_dump()):
+                raise PipelineError("its stamp is not that of its recipe")
+            if (data / folder / STAMP_FILE).read_text() != canonical(stamp.model_dump()):
                 raise PipelineError("it was edited: write_json writes it in another way")
-            if not all(isinstance(entry["bytes"], int) for entry in stamp["files"].values()):
-                raise PipelineError("a file has no size")
-        except (PipelineError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (PipelineError, OSError, ValueError) as error:
             promise = "a finished stage says how it was made"
-            place = f"{room}/{STAMP_FILE}"
-            findings.append(Finding(promise, place, str(error), remade(data, room)))
+            place = f"{folder}/{STAMP_FILE}"
+            findings.append(Finding(promise, place, str(error), remade(data, folder)))
         else:
-            stamps[room] = stamp
+            stamps[folder] = stamp
     return stamps, findings
 
 
@@ -109,41 +90,52 @@ def canonical(value) -> str:
 def summary_findings(data: Path, stamps: Stamps) -> list[Finding]:
     """What later stages read in a stamp's summary is what the files say."""
     findings, claims = [], {}
+    promise = "a stamp's summary is what its files say"
     for room, name in (("student", "training.json"), ("evaluation", "metrics.json")):
         if room in stamps:
             claims[room] = json.loads((data / room / name).read_text())
-    if "teacher" in stamps and stamps["teacher"]["stage"] != IMPORTED:
-        recipe, rows = stamps["teacher"]["recipe"], {"images": 0, "texts": 0}
-        for name in stamps["teacher"]["files"]:
-            rows[name.split("/")[0]] += pq.read_metadata(data / "teacher" / name).num_rows
-        made = _made(data / "teacher/texts/prompts.parquet")
-        claims["teacher"] = rows | {
-            "teacher": recipe["teacher"]["card"],
-            "preprocessing": made.get("preprocessing"),
-            "dtype": recipe["dtype"],
-            "views": recipe["views"],
-        }
+    if "teacher" in stamps:
+        claims["teacher"] = _teacher_claims(data, stamps["teacher"])
     for room, claim in claims.items():
-        summary = stamps[room]["summary"]
+        summary = stamps[room].summary
         if wrong := [key for key in claim if summary.get(key) != claim[key]]:
-            promise = "a stamp's summary is what its files say"
             found = f"another {', '.join(wrong)}"
             place = f"{room}/{STAMP_FILE}"
             findings.append(Finding(promise, place, found, remade(data, room)))
+        elif room == "teacher":
+            try:
+                summary_of(stamps[room])
+            except PipelineError as error:
+                place = f"{room}/{STAMP_FILE}"
+                findings.append(Finding(promise, place, str(error), remade(data, room)))
     return findings
+
+
+def _teacher_claims(data: Path, stamp: Stamp) -> dict[str, Any]:
+    """What the summary of data/teacher must say, as its files and its recipe say it."""
+    rows = {"images": 0, "texts": 0}
+    for name in stamp.files:
+        rows[name.split("/")[0]] += pq.read_metadata(data / "teacher" / name).num_rows
+    parameters = stamp.recipe.parameters
+    if stamp.stage == IMPORTED:
+        names = ("teacher", "preprocessing")
+        return rows | {name: parameters[name] for name in names} | {"dtype": "imported"}
+    made = _made(data / "teacher/texts/prompts.parquet")
+    named = {name: parameters[name] for name in ("teacher", "dtype", "batch", "views")}
+    return rows | named | {"preprocessing": made.get("preprocessing")}
 
 
 def file_findings(data: Path, stamps: Stamps, progress: Progress) -> list[Finding]:
     """Every file of a stamp is there with its bytes, is readable, and there is no other."""
     findings = []
     for room, stamp in stamps.items():
-        for name, entry in stamp["files"].items():
-            if found := _damage(data / room / name, entry["sha256"]):
+        for name, file in stamp.files.items():
+            if found := _damage(data / room / name, file.sha256):
                 promise = "every file has the bytes of its stamp"
                 findings.append(Finding(promise, f"{room}/{name}", found, remade(data, room)))
-            progress(entry["bytes"])
+            progress(file.bytes)
         files = {str(p.relative_to(data / room)) for p in (data / room).rglob("*") if p.is_file()}
-        for name in sorted(files - {STAMP_FILE, *stamp["files"]}):
+        for name in sorted(files - {STAMP_FILE, *stamp.files}):
             promise = "a room holds its stage's files and no others"
             run = f"mv {data / room / name} elsewhere"
             findings.append(Finding(promise, f"{room}/{name}", "no stage wrote it", run))
@@ -176,24 +168,22 @@ def _groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
 
 
 def chain_findings(data: Path, stamps: Stamps) -> list[Finding]:
-    """Each room was made from what its input rooms hold now, shard by shard."""
+    """Each folder was made from what its input folders hold now."""
     promise, findings = "each stage was made from what lies there now", []
-    for room, inputs in INPUTS.items():
-        for source in inputs if room in stamps else ():
-            made_from = stamps[room]["recipe"].get(source)
-            if source in stamps and made_from != content(stamps[source]):
-                found = f"made from other {source} than data/ holds"
-                run = f"pipeline {command(_maker(data, room))}"
-                findings.append(Finding(promise, room, found, run))
-            elif not (data / source).exists():
-                run = f"pipeline {command(ROOMS[source])}"
-                findings.append(Finding(promise, room, f"made from {source}, not here", run))
+    for folder, stamp in stamps.items():
+        for source in outdated_inputs(stamp, stamps):
+            found = f"made from other {source} than data/ holds"
+            findings.append(Finding(promise, folder, found, f"pipeline {command(stamp.stage)}"))
+        for source in STAGES[stamp.stage].inputs:
+            if not (data / source).exists():
+                run = f"pipeline {BY_FOLDER[source].command}"
+                findings.append(Finding(promise, folder, f"made from {source}, not here", run))
     return findings
 
 
 def leftover_findings(data: Path) -> list[Finding]:
     """Work folders belong to stages."""
-    known = {*SECTIONS, IMPORTED, "lock"}
+    known = {*STAGES, "lock"}
     return [
         Finding("work under way belongs to a stage", f".work/{p.name}", "of no stage", f"rm -r {p}")
         for p in sorted(data.glob(".work/*"))
@@ -201,11 +191,11 @@ def leftover_findings(data: Path) -> list[Finding]:
     ]
 
 
-def image_findings(data: Path, stamp: dict, progress: Progress, workers: int) -> list[Finding]:
+def image_findings(data: Path, stamp: Stamp, progress: Progress, workers: int) -> list[Finding]:
     """Rows of data/images: as many as the manifest had, of a known status, JPEGs that decode."""
     findings, counts = [], {}
-    lists = stamp["recipe"].get("lists", {})
-    for name, entry in stamp["files"].items():
+    lists = stamp.recipe.inputs.get("lists", {})
+    for name, file in stamp.files.items():
         path, faults = data / "images" / name, {}
         if _made(path).get("list") != lists.get(name):
             faults["it was made from another list"] = [name]
@@ -216,9 +206,9 @@ def image_findings(data: Path, stamp: dict, progress: Progress, workers: int) ->
                 if fault:
                     faults.setdefault(fault, []).append(key)
         findings += _of_file(data, "images", name, "a row is an image or says why not", faults)
-        progress(entry["bytes"])
-    if not findings and counts != stamp["summary"].get("rows"):
-        found = f"{counts}, when finished {stamp['summary'].get('rows')}"
+        progress(file.bytes)
+    if not findings and counts != stamp.summary.get("rows"):
+        found = f"{counts}, when finished {stamp.summary.get('rows')}"
         promise = "as many rows as the manifest has"
         place = f"images/{STAMP_FILE}"
         findings.append(Finding(promise, place, found, remade(data, "images")))
@@ -268,7 +258,7 @@ def _wrong_with(row: dict) -> str | None:
     return None
 
 
-def vector_findings(data: Path, room: str, stamp: dict, size: int) -> list[Finding]:
+def vector_findings(data: Path, room: str, stamp: Stamp, size: int) -> list[Finding]:
     """Embeddings of data/teacher or of the student's index: finite and of unit length."""
     findings = []
     schemas = {
@@ -276,7 +266,7 @@ def vector_findings(data: Path, room: str, stamp: dict, size: int) -> list[Findi
         "texts": shards.texts_schema(size),
         "index": shards.index_schema(size),
     }
-    for name in stamp["files"]:
+    for name in stamp.files:
         kind, path, faults = name.split("/")[0], data / room / name, {}
         if not name.endswith(".parquet"):
             continue
@@ -301,11 +291,11 @@ def vector_findings(data: Path, room: str, stamp: dict, size: int) -> list[Findi
 def provenance_findings(data: Path, stamps: Stamps) -> list[Finding]:
     """Each shard of data/teacher was made from the very shard of data/images of its name."""
     findings = []
-    files = stamps["images"]["files"]
-    for name in stamps["teacher"]["files"] if stamps["teacher"]["stage"] != IMPORTED else ():
+    files, teacher = stamps["images"].files, stamps["teacher"]
+    for name in teacher.files if teacher.stage != IMPORTED else ():
         source = Path(name).name
         made = _made(data / "teacher" / name)
-        if source in files and made.get("input") != files[source]["sha256"]:
+        if source in files and made.get("input") != files[source].sha256:
             promise = "each stage was made from what lies there now"
             found = f"made from another images/{source}"
             findings.append(Finding(promise, f"teacher/{name}", found, remade(data, "teacher")))

@@ -6,23 +6,24 @@ disk, so memory stays bounded however many shards there are.
 
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
 import numpy as np
 
-from pipeline.core.provenance import STAMP_FILE, digest
+from pipeline.core.layout import STAGES, STAMP_FILE
+from pipeline.core.provenance import digest, summary_of
+from pipeline.core.records import Preprocessing
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
 
-TABLES = {  # table -> (room, prefix of its files)
-    "images": ("images", ""),
-    "teacher": ("teacher", "images/"),
-    "texts": ("teacher", "texts/"),
-    "selection": ("selection", ""),
-    "student_index": ("evaluation", "index/"),
+TABLES = {  # table -> (folder, pattern of its files below it)
+    table: (stage.folder, pattern)
+    for stage in STAGES.values()
+    for table, pattern in stage.tables.items()
 }
 SAME_PIXELS = 1.0  # mean difference, of 255, below which two crops show the same
 GROUPS = 100  # of equal embeddings that are looked at
@@ -168,11 +169,10 @@ OF_OTHERS = [  # of imported embeddings
 def connection_over(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
     """A connection with a view over exactly the Parquet files that the stamps name, per table."""
     connection = duckdb.connect(config={"temp_directory": tempfile.gettempdir()})
-    for table, (room, prefix) in TABLES.items():
-        names = stamps[room]["files"] if room in stamps else ()
-        shards = [name for name in names if name.startswith(prefix) and name.endswith(".parquet")]
-        if shards:
-            paths = [str(data / room / name) for name in shards]
+    for table, (folder, pattern) in TABLES.items():
+        names = stamps[folder].files if folder in stamps else ()
+        paths = [str(data / folder / name) for name in names if fnmatch(name, pattern)]
+        if paths:
             connection.read_parquet(paths).create_view(table)
     return connection
 
@@ -183,8 +183,8 @@ def set_findings(
     """One finding per question whose answer is not empty. stamps: of sound rooms only."""
     questions = list(ALWAYS)
     if "teacher" in stamps:
-        questions += OF_OTHERS if stamps["teacher"]["stage"] == IMPORTED else EMBEDDED
-        parameters = {"views": stamps["teacher"]["summary"]["views"]}
+        questions += OF_OTHERS if stamps["teacher"].stage == IMPORTED else EMBEDDED
+        parameters = {"views": stamps["teacher"].summary["views"]}
     for question in questions:
         if not all(TABLES[table][0] in stamps for table in question.tables):
             continue
@@ -206,7 +206,7 @@ def set_findings(
 
 def _prompts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
     """The embedded prompts are those that the recipe names by their digest."""
-    expected = stamps["teacher"]["recipe"].get("prompts")
+    expected = stamps["teacher"].recipe.inputs.get("prompts")
     sql = "SELECT text FROM texts WHERE image_id IS NULL"
     found = sorted(text for (text,) in connection.execute(sql).fetchall())
     if expected and digest(found) != expected:
@@ -220,7 +220,7 @@ def _counts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
         "SELECT CASE WHEN keep THEN split ELSE 'left out: ' || reason END, count(*) FROM selection"
     )
     counts = dict(connection.execute(f"{sql} GROUP BY 1").fetchall())
-    if None not in counts and counts != (summary := stamps["selection"]["summary"]):
+    if None not in counts and counts != (summary := stamps["selection"].summary):
         found = f"{counts}, the stamp says {summary}"
         promise = "a stamp's summary is what its files say"
         yield Finding(promise, f"selection/{STAMP_FILE}", found, remade(data, "selection"))
@@ -234,7 +234,7 @@ FROM teacher GROUP BY hash(embedding) HAVING min(sha256) <> max(sha256) LIMIT $g
 
 def _repeated(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
     """One vector for two images means that one was not embedded, unless they look the same."""
-    how = stamps["teacher"]["summary"]["preprocessing"]
+    how = summary_of(stamps["teacher"]).preprocessing
     wrong = []
     for (rows,) in connection.execute(REPEATED, {"groups": GROUPS}).fetchall():
         first, *others = (_seen(connection, row, how) for row in rows)
@@ -246,10 +246,10 @@ def _repeated(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
         yield Finding(promise, "teacher", found, remade(data, "teacher"))
 
 
-def _seen(connection, row: dict, how: dict) -> np.ndarray:
+def _seen(connection, row: dict, how: Preprocessing) -> np.ndarray:
     """(S, S, 3) float32 in [0, 255]: what the teacher saw."""
     sql = "SELECT jpg FROM images WHERE image_id = ? AND status = 'ok'"
     image = decode(connection.execute(sql, [row["image_id"]]).fetchone()[0])
     box = row["left"], row["top"], row["right"], row["bottom"]
-    size, interpolation = how["image_size"], how["interpolation"]
-    return view_pixels(image, box, row["flip"], size, interpolation).astype(np.float32)
+    seen = view_pixels(image, box, row["flip"], how.image_size, how.interpolation)
+    return seen.astype(np.float32)

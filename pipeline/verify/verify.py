@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import summary_of
+from pipeline.core.records import Stamp
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.models.student import Student, read_card
@@ -46,9 +48,9 @@ def verify(
     teacher = None
     if recompute and "teacher" in stamps:  # before the long work
         teacher = _teacher(stamps["teacher"], card, device)
-    total = sum(entry["bytes"] for stamp in stamps.values() for entry in stamp["files"].values())
-    decoded = sum(entry["bytes"] for entry in stamps.get("images", {"files": {}})["files"].values())
-    with tqdm(total=total + decoded, unit="B", unit_scale=True, desc="verify") as bar:
+    sizes = {folder: _bytes(stamp) for folder, stamp in stamps.items()}
+    total = sum(sizes.values()) + sizes.get("images", 0)  # whose JPEGs are decoded, too
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         findings += files.file_findings(data, stamps, bar.update)
         findings += files.chain_findings(data, stamps) + files.leftover_findings(data)
         findings += files.summary_findings(data, _sound(stamps, findings))
@@ -56,7 +58,7 @@ def verify(
         if "images" in sound:
             findings += files.image_findings(data, sound["images"], bar.update, workers)
     if "teacher" in sound:
-        size = sound["teacher"]["summary"]["embedding_size"]
+        size = summary_of(sound["teacher"]).embedding_size
         for room in sound.keys() & {"teacher", "evaluation"}:
             findings += files.vector_findings(data, room, sound[room], size)
         if "images" in sound:
@@ -80,6 +82,10 @@ def findings_text(findings: list[Finding], form: Literal["table", "json"]) -> st
     return "\n".join([*blocks, f"{len(findings)} broken promise{'s' * (len(findings) > 1)}"])
 
 
+def _bytes(stamp: Stamp) -> int:
+    return sum(file.bytes for file in stamp.files.values())
+
+
 def _sound(stamps: Stamps, findings: list[Finding]) -> Stamps:
     """Rooms with no finding inside a file: of the others SQL would only repeat the damage."""
     inside = {f.place.split("/")[0] for f in findings if "/" in f.place}
@@ -101,9 +107,9 @@ def _student(data: Path, stamps: Stamps) -> Iterator[Finding]:
         for name, x in student.state_dict().items()
         if not x.isfinite().all()
     ]
-    if student.config.model_dump() != stamps["student"]["recipe"]["config"]["student"]:
+    if student.config.model_dump() != stamps["student"].recipe.parameters["student"]:
         faults.append("its config.json describes another student than its recipe")
-    if card["provenance"].get("stamp") != stamps["student"]["stamp"]:
+    if card.provenance.get("stamp") != stamps["student"].stamp:
         faults.append("its config.json names another run than its stamp")
     for fault in faults[:1]:
         yield Finding(promise, "student", fault, remade(data, "student"))
@@ -128,11 +134,11 @@ JOIN images USING (image_id) WHERE status = 'ok' AND {sampled}
 TEXTS = "SELECT text_id, embedding, text FROM texts WHERE {sampled}"
 
 
-def _recomputed(data: Path, stamp: dict, connection, share: float, teacher) -> Iterator[Finding]:
+def _recomputed(data: Path, stamp: Stamp, connection, share: float, teacher) -> Iterator[Finding]:
     """Stored vectors against the teacher's own, with the batch size and dtype of the run."""
 
     def embed_images(rows: list[tuple]) -> np.ndarray:
-        size, how = teacher.image_size, teacher.interpolation
+        size, how = teacher.image_size, teacher.preprocessing.interpolation
         pixels = np.zeros((batch, size, size, 3), np.uint8)
         for i, (jpg, *box, flip) in enumerate(row[2:] for row in rows):
             pixels[i] = view_pixels(decode(jpg), tuple(box), flip, size, how)
@@ -141,9 +147,10 @@ def _recomputed(data: Path, stamp: dict, connection, share: float, teacher) -> I
     def embed_texts(rows: list[tuple]) -> np.ndarray:
         return teacher.embed_texts([*(row[2] for row in rows), *[""] * (batch - len(rows))])
 
-    batch, size = stamp["recipe"]["batch"], teacher.image_size
+    summary = summary_of(stamp)
+    batch, size = summary.batch, teacher.image_size
     grey = np.full((1, size, size, 3), 128, np.uint8)
-    teacher.use(getattr(torch, stamp["recipe"]["dtype"]), grey, ["a photo"])
+    teacher.use(getattr(torch, summary.dtype), grey, ["a photo"])
     for table, key, sql, embed in (
         ("teacher", "image_id", IMAGES, embed_images),
         ("texts", "text_id", TEXTS, embed_texts),
@@ -164,22 +171,23 @@ def _recomputed(data: Path, stamp: dict, connection, share: float, teacher) -> I
             yield Finding(promise, "teacher", found, remade(data, "teacher"))
 
 
-def _teacher(stamp: dict, card: Path | None, device: str):
+def _teacher(stamp: Stamp, card: Path | None, device: str):
     """The teacher that the stamp names. Raises PipelineError for any other."""
     from pipeline.core.devices import pick_device
     from pipeline.models.card import read_card as read_teacher_card
-    from pipeline.models.teacher import Teacher, teacher_recipe
+    from pipeline.models.teacher import Teacher, teacher_identity
 
-    if stamp["stage"] == IMPORTED:
+    if stamp.stage == IMPORTED:
         raise PipelineError(
             "data/teacher was imported: batch size and dtype of its vectors are not known, so they "
             "cannot be computed again. Run `pipeline verify` without --recompute."
         )
     if card is None:
         raise PipelineError("--recompute needs the teacher: name its card with --card.")
-    if teacher_recipe(read_teacher_card(card), card) != stamp["recipe"]["teacher"]:
+    stored = summary_of(stamp).teacher
+    if teacher_identity(read_teacher_card(card), card) != stored:
         raise PipelineError(
             f"{card} names another teacher than data/teacher was made with "
-            f"({stamp['recipe']['teacher']['card']['name']}). Name that one's card with --card."
+            f"({stored.card.name}). Name that one's card with --card."
         )
     return Teacher(card, pick_device(device))
