@@ -157,6 +157,7 @@ def evaluate(
 def query(
     sql: Annotated[str, typer.Argument(help="Exactly one SELECT.")],
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds the query may take.")] = 600,
     data: Data = DATA,
 ) -> None:
     """Ask DuckDB about the shards: tables images, teacher, texts, selection, runs.
@@ -165,7 +166,7 @@ def query(
     """
     from pipeline.explore.query import print_answer
 
-    print_answer(data, sql, format)
+    print_answer(data, sql, format, timeout)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -74,15 +74,35 @@ def _selected(config: SelectConfig, data: Path) -> pa.Table:
     )
     connection = database.connect(data)
     connection.register("near", near)
+    connection.register("wanted", _wanted(config.where, data))
+    return connection.sql(QUERY.format(val=config.val, test=config.test)).to_arrow_table()
+
+
+def _wanted(where: str, data: Path) -> pa.Table:
+    """row_id of the rows of images that meet the user's condition, which is one SQL expression.
+
+    It runs on a connection without file access, over images and a similarity computed before.
+    """
+    similarity = database.connect(data).sql(SIMILARITY).to_arrow_table()
+    connection = database.confined(data)
+    connection.register("similarity", similarity)
     try:
-        return connection.sql(QUERY.format(**config.model_dump())).to_arrow_table()
-    except duckdb.Error as error:
-        reason = str(error).strip().splitlines()[0]
+        condition = duckdb.SQLExpression(where)
+        return connection.sql(FACTS).filter(condition).select("row_id").to_arrow_table()
+    except (duckdb.Error, pa.ArrowException) as error:
         raise PipelineError(
-            f"select.where: {config.where!r} does not work as a condition over images: {reason}. "
-            "It may name the columns of `images` and caption_similarity."
+            f"select.where: {where!r} does not work as a condition over images: "
+            f"{database.reason(error)}. It may name the columns of `images` and caption_similarity."
         ) from None
 
+
+# The best cosine between an image and one of its captions.
+SIMILARITY = """
+SELECT image_id, max(list_cosine_similarity(teacher.embedding, texts.embedding))
+                 AS caption_similarity
+FROM texts JOIN teacher USING (image_id) WHERE view = 0 GROUP BY image_id
+"""
+FACTS = "SELECT * EXCLUDE (jpg) FROM images LEFT JOIN similarity USING (image_id)"
 
 # An exact duplicate shares its content's hash, a near duplicate its family: either way a group is
 # one unit, its split follows from content alone, and one member that passes the filter is kept.
@@ -90,22 +110,18 @@ QUERY = """
 WITH fetched AS (
     SELECT * EXCLUDE (jpg) FROM images
     QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY attempts DESC NULLS LAST, row_id) = 1
-), vectors AS (
-    SELECT image_id, embedding FROM teacher WHERE view = 0
-), captioned AS (
-    SELECT texts.image_id,
-           max(list_cosine_similarity(vectors.embedding, texts.embedding)) AS caption_similarity
-    FROM texts JOIN vectors USING (image_id) GROUP BY texts.image_id
+), embedded AS (
+    SELECT image_id, true AS embedded FROM teacher WHERE view = 0
 ), families AS (
-    SELECT fetched.*, vectors.image_id IS NOT NULL AS embedded, caption_similarity,
+    SELECT fetched.*, embedded,
            coalesce(min(near.family) OVER (PARTITION BY sha256_original), sha256_original, image_id)
                AS family
-    FROM fetched LEFT JOIN vectors USING (image_id) LEFT JOIN captioned USING (image_id)
+    FROM fetched LEFT JOIN embedded USING (image_id)
     LEFT JOIN near USING (image_id)
 ), judged AS (
-    SELECT *, coalesce(({where}), false) AS wanted,
-           CASE WHEN status <> 'ok' THEN status WHEN NOT embedded THEN 'no embedding'
-                WHEN NOT wanted THEN 'where' END AS flaw,
+    SELECT *,
+           CASE WHEN status <> 'ok' THEN status WHEN embedded IS NULL THEN 'no embedding'
+                WHEN row_id NOT IN (SELECT row_id FROM wanted) THEN 'where' END AS flaw,
            min(sha256_original) OVER (PARTITION BY family) AS content
     FROM families
 ), placed AS (

@@ -26,7 +26,9 @@ def data(small_world, tmp_path) -> Path:
 def run(data: Path, **changes) -> dict[str, dict]:
     """Rows of the selection by the name of the image's file."""
     select(worlds.select_config(**changes), data)
-    names = dict(database.ask(data, "SELECT image_id, url FROM images").fetchall())
+    names = dict(
+        database.ask(database.confined(data), "SELECT image_id, url FROM images").fetchall()
+    )
     rows = pq.read_table(data / "selection/selection.parquet").to_pylist()
     assert len(rows) == len({row["image_id"] for row in rows}) == len(set(names))
     assert [row["image_id"] for row in rows] == sorted(names)
@@ -88,7 +90,8 @@ def test_shares_are_kept_on_average_over_thousands_of_contents():
                        "FROM images")  # fmt: skip
     connection.execute("CREATE TABLE texts AS SELECT * EXCLUDE (view) FROM teacher WHERE false")
     connection.execute("CREATE TABLE near AS SELECT image_id, image_id AS family FROM texts")
-    query = QUERY.format(where="true", val=0.1, test=0.25)
+    connection.execute("CREATE TABLE wanted AS SELECT row_id FROM images")
+    query = QUERY.format(val=0.1, test=0.25)
     shares = dict(
         connection.sql(f"SELECT split, count(*) / 5000 FROM ({query}) GROUP BY 1").fetchall()
     )
@@ -117,7 +120,9 @@ def vectors(data: Path) -> tuple[list[str], np.ndarray]:
 def test_near_duplicates_share_a_split_and_one_of_them_is_kept(data):
     """The threshold lies between the pictures that were compressed twice and all other pairs."""
     ids, matrix = vectors(data)
-    names = dict(database.ask(data, "SELECT image_id, url FROM images").fetchall())
+    names = dict(
+        database.ask(database.confined(data), "SELECT image_id, url FROM images").fetchall()
+    )
     number = [int(names[key][5:-4]) for key in ids]
     cosines = matrix @ matrix.T
     pairs = {(a, b): cosines[i, j] for i, a in enumerate(number) for j, b in enumerate(number)}
@@ -156,7 +161,9 @@ def test_where_may_ask_how_well_caption_and_image_agree(data):
         JOIN teacher USING (image_id) JOIN texts USING (image_id)
         WHERE view = 0 AND status = 'ok' GROUP BY url
     """
-    agreement = {url[5:]: value for url, value in database.ask(data, sql).fetchall()}
+    agreement = {
+        url[5:]: value for url, value in database.ask(database.confined(data), sql).fetchall()
+    }
     median = float(np.median(list(agreement.values())))
     found = run(data, where=f"caption_similarity > {median!r}")
     kept_out = {name for name, row in found.items() if row["reason"] == "where"}
@@ -175,11 +182,41 @@ def test_a_condition_that_is_null_is_not_met(data):
     assert {row["reason"] for row in run(data, where="label = 'wide' OR NULL").values()} > {"where"}
 
 
-@pytest.mark.parametrize("where", ["nonsense", "wdth > 3", "label =", "", "true; SELECT 1"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "nonsense",
+        "wdth > 3",
+        "label =",
+        "",
+        "true; SELECT 1",
+        "true, true",
+        "true) OR (true",
+        "label::INT > 3",
+    ],
+)
 def test_a_condition_that_is_no_sql_is_refused_with_its_text(data, where):
     with pytest.raises(PipelineError, match=r"select\.where"):
         run(data, where=where)
     assert not (data / "selection").exists()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "exists(SELECT * FROM read_text('{secret}'))",
+        "exists(FROM '{secret}')",
+        "exists(WITH x AS (COPY (SELECT 1) TO '{out}') FROM x)",
+        "exists(FROM json_execute_serialized_sql(json_serialize_sql("
+        "'WITH x AS (COPY (SELECT 1) TO ''{out}'') SELECT 1 FROM x')))",
+        "true) TO '{out}'; COPY (SELECT true",
+    ],
+)
+def test_a_condition_reaches_no_file(data, tmp_path, where):
+    (tmp_path / "secret.csv").write_text("x\n1\n")
+    with pytest.raises(PipelineError, match=r"select\.where"):
+        run(data, where=where.format(secret=tmp_path / "secret.csv", out=tmp_path / "out.csv"))
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_filter_that_leaves_nothing_to_train_on_is_an_error_with_counts(data):

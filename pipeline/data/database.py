@@ -1,12 +1,22 @@
-"""DuckDB over data/: the tables images, teacher, texts, selection and runs, for reading only."""
+"""DuckDB over data/: the tables images, teacher, texts, selection and runs, for reading only.
 
+Two kinds of connection. `connect` is for SQL that this project wrote: DuckDB reads the shards itself,
+and nothing else. `confined` is for SQL that a user wrote: it has no file access at all, because a
+SELECT can write (`WITH x AS (COPY ... TO ...) SELECT ...`) and counting kinds of statements does not
+tell. There the shards are pyarrow datasets, which Python opened and which DuckDB only scans.
+"""
+
+import tempfile
+from functools import cache
 from glob import escape
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from pipeline.core.errors import PipelineError
+from pipeline.data.shards import open_shard
 
 TABLES = {  # name -> (shards below data/, the command that makes them)
     "images": ("images/*.parquet", "download"),
@@ -15,15 +25,17 @@ TABLES = {  # name -> (shards below data/, the command that makes them)
     "selection": ("selection/*.parquet", "select"),
     "runs": ("runs/*.parquet", "evaluate"),
 }
+MEMORY = "50%"  # of the machine's, for SQL that a user wrote; it spills nowhere
 
 
 def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
     """A connection on which every table that exists so far is a view over its shards.
 
-    It reads below data and the readable folders only, loads no extension, and its configuration
-    is locked. Raises PipelineError for a damaged shard.
+    It reads below data and the readable folders only, loads no extension, spills into a private
+    folder, and its configuration is locked. For this project's own SQL. Raises PipelineError for a
+    damaged shard.
     """
-    connection = duckdb.connect()
+    connection = duckdb.connect(config={"temp_directory": _spill_folder().name})
     for table, (shards, command) in TABLES.items():
         pattern = f"{escape(str(data.resolve()))}/{shards}"
         if any(data.glob(shards)):
@@ -34,26 +46,77 @@ def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
                 )
             except duckdb.Error as error:
                 raise PipelineError(
-                    f"{pattern} cannot be read: {_reason(error)}. Delete the damaged folder and run "
+                    f"{pattern} cannot be read: {reason(error)}. Delete the damaged folder and run "
                     f"`pipeline {command}` again."
                 ) from None
     folders = [str(folder.resolve()) for folder in (data, *readable)]
     allowed = ", ".join(_quoted(f"{name}/") for name in [*folders, *map(escape, folders)])
     connection.execute(f"SET allowed_directories = [{allowed}]")
-    connection.execute("SET enable_external_access = false")
-    connection.execute("SET lock_configuration = true")
+    _lock(connection)
     return connection
 
 
+@cache
+def _spill_folder() -> tempfile.TemporaryDirectory:
+    """One per process, for its user alone (mode 0700), removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="extrahead-")
+
+
+def confined(data: Path, memory: str = MEMORY) -> duckdb.DuckDBPyConnection:
+    """A connection for SQL that is not trusted: the same tables, and no file access of any kind.
+
+    memory: what DuckDB may take, as it writes sizes; beyond it a query ends with an error, for
+    there is no folder to spill into. Embeddings, float16 in the shards, are lists of float32.
+    Raises PipelineError for a damaged shard.
+    """
+    config = {"temp_directory": "", "memory_limit": memory, "python_enable_replacements": "false"}
+    connection = duckdb.connect(config=config)
+    for table, (shards, command) in TABLES.items():
+        if paths := sorted(data.glob(shards)):
+            connection.register(
+                table, _dataset(paths if table == "runs" else paths[:1], paths, command)
+            )
+    _lock(connection)
+    return connection
+
+
+def _lock(connection: duckdb.DuckDBPyConnection) -> None:
+    for setting in ("autoload_known_extensions", "autoinstall_known_extensions"):
+        connection.execute(f"SET {setting} = false")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def _dataset(described: list[Path], paths: list[Path], command: str) -> ds.Dataset:
+    """The shards as one table with the columns of the described ones; pages are checked as they are read."""
+    schemas = []
+    for path in described:
+        with open_shard(path, command) as file:
+            schemas.append(file.schema_arrow.remove_metadata())
+    schema = pa.unify_schemas(schemas)
+    declared = pa.schema([field.with_type(_readable(field.type)) for field in schema])
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    form = ds.ParquetFileFormat(default_fragment_scan_options=options)
+    return ds.dataset([str(path) for path in paths], schema=declared, format=form)
+
+
+def _readable(kind: pa.DataType) -> pa.DataType:
+    """DuckDB knows no half floats of Arrow, and takes embeddings as lists."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_readable(kind.value_type))
+    return kind
+
+
 def ask(
-    data: Path, sql: str, *readable: Path, arrow: bool = False
+    connection: duckdb.DuckDBPyConnection, sql: str, *, arrow: bool = False
 ) -> duckdb.DuckDBPyConnection | pa.RecordBatchReader:
     """Run exactly one SELECT; what is returned has its rows, computed while they are fetched.
 
-    Raises PipelineError: anything but one SELECT (COPY may write inside allowed folders), SQL
-    that is wrong, a table whose stage has not run.
+    connection: a confined one. Raises PipelineError: anything but one SELECT, SQL that is wrong or
+    reaches for a file, a table whose stage has not run.
     """
-    connection = connect(data, *readable)
     try:
         statements = connection.extract_statements(sql)
         kinds = [statement.type.name for statement in statements]
@@ -65,21 +128,23 @@ def ask(
         if arrow:
             return connection.sql(statements[0]).to_arrow_reader(10_000)
         return connection.execute(statements[0])
+    except duckdb.InterruptException:  # the caller's doing, and its message
+        raise
     except duckdb.CatalogException as error:
         for table, (_, command) in TABLES.items():
             if f"table with name {table} " in str(error).lower():
                 raise PipelineError(
                     f"there is no table {table} yet. Run `pipeline {command}` first."
                 ) from None
-        raise PipelineError(f"{_reason(error)} Tables: {', '.join(TABLES)}.") from None
-    except duckdb.Error as error:
-        raise PipelineError(_reason(error)) from None
+        raise PipelineError(f"{reason(error)} Tables: {', '.join(TABLES)}.") from None
+    except (duckdb.Error, pa.ArrowException, MemoryError) as error:
+        raise PipelineError(reason(error)) from None
 
 
 def _quoted(value) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """DuckDB's message without its stack of hints, but with the line that points at the fault."""
     return str(error).strip().split("\n\nLINE")[0].replace("\n", " ")

@@ -1,10 +1,18 @@
-"""The answer to a query, in the form that was asked for, a batch of rows at a time."""
+"""The answer to a user's query, in the form that was asked for, a batch of rows at a time.
+
+The SQL is not trusted: its connection has no file access (`database.confined`), and its process has
+limits on memory and time that hold also where DuckDB cannot be interrupted.
+"""
 
 import csv
 import json
 import math
+import os
+import resource
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -17,13 +25,19 @@ from pipeline.data import database
 FORMATS = ("table", "csv", "json", "parquet")
 SHOWN = 100  # rows of a table
 WIDTH = 60  # characters of a cell in a table
+SECONDS = 600.0  # that a query may take
+GRACE = 3.0  # s from the interruption to the end of the process
+HEADROOM = (
+    4 << 30
+)  # bytes of addresses beside those of a query: buffers of Arrow, stacks of threads
 
 
-def print_answer(data: Path, sql: str, form: str) -> None:
-    """Run one SELECT and write its rows to standard output.
+def print_answer(data: Path, sql: str, form: str, seconds: float = SECONDS) -> None:
+    """Run one SELECT and write its rows to standard output, within half of the machine's memory.
 
-    Raises PipelineError: an unknown format, SQL that is wrong or not one SELECT, Parquet to a
-    terminal.
+    A query that runs for longer than `seconds` is interrupted; where it does not stop, the process
+    ends. Raises PipelineError: an unknown format, SQL that is wrong, not one SELECT, or asks for too
+    much, Parquet to a terminal.
     """
     if form not in FORMATS:
         raise PipelineError(f"--format {form}: there are {', '.join(FORMATS)}.")
@@ -31,15 +45,60 @@ def print_answer(data: Path, sql: str, form: str) -> None:
         raise PipelineError(
             "Parquet is binary: redirect it, `... --format parquet > answer.parquet`."
         )
-    answer = database.ask(data, sql, Path("manifests"), arrow=form == "parquet")
+    connection = database.confined(data)
+    write = {"table": _table, "csv": _csv, "json": _json, "parquet": _parquet}[form]
     try:
-        {"table": _table, "csv": _csv, "json": _json, "parquet": _parquet}[form](answer)
+        with _limited(connection, seconds):
+            write(database.ask(connection, sql, arrow=form == "parquet"))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
+    except MemoryError:
+        raise PipelineError("the query asks for more memory than it may have.") from None
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # of rows that are made only now
         if getattr(error, "errno", None):
             raise
         raise PipelineError(str(error).strip().splitlines()[0]) from None
+
+
+@contextmanager
+def _limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """DuckDB's own limit of memory does not count what one function builds, and its interruption
+    waits for that function: so the process has limits as well, for as long as this lasts.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_AS, (_addresses() + half + HEADROOM, before[1]))
+    timers = [
+        threading.Timer(seconds, connection.interrupt),
+        threading.Timer(seconds + GRACE, _end, [seconds]),
+    ]
+    try:
+        for timer in timers:
+            timer.daemon = True
+            timer.start()
+        yield
+    except duckdb.InterruptException:
+        raise PipelineError(_late(seconds)) from None
+    finally:
+        for timer in timers:
+            timer.cancel()
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _addresses() -> int:
+    """Bytes of addresses that this process has taken so far."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _late(seconds: float) -> str:
+    return f"the query ran for {seconds:g} s without an end. Narrow it, or give it more --timeout."
+
+
+def _end(seconds: float) -> None:
+    """In a thread of its own: nothing is written by a query, so nothing is lost."""
+    os.write(2, f"error: {_late(seconds)}\n".encode())
+    os._exit(1)
 
 
 def _rows(answer) -> Iterator[tuple]:

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import stat
 from pathlib import Path
 
 import duckdb
@@ -12,36 +14,28 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.database import TABLES, ask, connect
+from pipeline.data import database
+from pipeline.data.database import TABLES, connect
 from pipeline.explore.query import FORMATS, print_answer
-
-SECRET = "the secret"
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Two rows of images beside a secret that a link inside data/ leads to."""
+    """Two rows of images."""
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
     rows = {"image_id": ["a", "b"], "caption": ["a cat", None], "jpg": [b"\xff\xd8", None]}
     pq.write_table(pa.table(rows), folder / "images/00000.parquet")
-    (tmp_path / "secret.csv").write_text(f"x\n{SECRET}\n")
-    (folder / "link.csv").symlink_to(tmp_path / "secret.csv")
-    (folder / "linked").symlink_to(tmp_path)
     return folder
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+def ask(data: Path, sql: str):
+    return database.ask(database.confined(data), sql)
 
 
 def refusal(data: Path, sql: str) -> str:
-    before = files(data.parent)
     with pytest.raises(PipelineError) as caught:
         ask(data, sql).fetchall()
-    assert files(data.parent) == before
-    assert SECRET not in str(caught.value)
     return str(caught.value)
 
 
@@ -90,97 +84,56 @@ def test_a_project_may_lie_in_a_folder_of_any_name(data, tmp_path, name):
     assert ask(moved, "SELECT count(*) FROM images").fetchall() == [(2,)]
 
 
-def test_files_of_a_folder_named_readable_can_be_joined(data, tmp_path):
-    (tmp_path / "manifests").mkdir()
-    pq.write_table(pa.table({"n": [7]}), tmp_path / "manifests/m.parquet")
-    sql = f"SELECT n FROM '{tmp_path}/manifests/m.parquet'"
-    assert ask(data, sql, tmp_path / "manifests").fetchall() == [(7,)]
-    assert "Permission" in refusal(data, sql)
+def test_embeddings_are_lists_that_vector_functions_take(small_world):
+    """DuckDB's own reader of Parquet is the reference; it knows half floats, Arrow's scan does not."""
+    sql = """SELECT a.image_id, typeof(a.embedding), a.embedding, list_cosine_similarity(
+             a.embedding, b.embedding), array_inner_product(a.embedding::FLOAT[32],
+             b.embedding::FLOAT[32]) FROM teacher a, teacher b WHERE a.view = 0 AND b.view = 1
+             ORDER BY ALL"""
+    rows = connect(small_world.data).execute(sql).fetchall()
+    assert len(rows) > 1000 and ask(small_world.data, sql).fetchall() == rows
 
 
-# Nothing but reading
+def test_shards_behind_links_are_read(data, tmp_path):
+    """As DVC leaves them with cache.type symlink."""
+    (tmp_path / "cache").mkdir()
+    (data / "images/00000.parquet").rename(tmp_path / "cache/ab")
+    (data / "images/00000.parquet").symlink_to(tmp_path / "cache/ab")
+    assert ask(data, "SELECT count(*) FROM images").fetchall() == [(2,)]
 
 
-WRITES = "(SELECT 1) TO '{data}/images/00000.parquet' (FORMAT parquet)"
+def test_a_flipped_bit_is_an_error_and_no_answer(small_world, tmp_path):
+    shutil.copytree(small_world.data / "images", tmp_path / "images")
+    shard = next((tmp_path / "images").glob("*.parquet"))
+    with pq.ParquetFile(shard) as file:
+        group = file.metadata.row_group(0)
+        [column] = [
+            c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "jpg"
+        ]
+        middle = column.data_page_offset + column.total_compressed_size // 2
+    content = bytearray(shard.read_bytes())
+    content[middle] ^= 1
+    shard.write_bytes(content)
+    assert ask(tmp_path, "SELECT count(caption) FROM images").fetchall()
+    assert "CRC" in refusal(tmp_path, "SELECT max(jpg) FROM images")
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        f"COPY {WRITES}",
-        f"copy {WRITES}",
-        f"  /* SELECT */ COPY {WRITES};",
-        f"EXPLAIN ANALYZE COPY {WRITES}",
-        f"EXPLAIN COPY {WRITES}",
-        f"SELECT 1; COPY {WRITES}",
-        f"COPY {WRITES}; SELECT 1",
-        f"PREPARE p AS COPY {WRITES}",
-        f"BEGIN; COPY {WRITES}; COMMIT",
-        "COPY images TO '{data}/out.csv'",
-        "COPY images FROM '{data}/link.csv'",
-        "EXPORT DATABASE '{data}/export'",
-        "IMPORT DATABASE '{data}'",
-        "ATTACH '{data}/new.db'",
-        "ATTACH ':memory:' AS other",
-        "CREATE TABLE t AS SELECT 1",
-        "CREATE TABLE '{data}/x' AS SELECT 1",
-        "CREATE SECRET (TYPE s3)",
-        "INSERT INTO images SELECT * FROM images",
-        "DROP VIEW images",
-        "DELETE FROM images",
-        "UPDATE images SET caption = 'x'",
-        "INSTALL httpfs",
-        "LOAD httpfs",
-        "PRAGMA version",
-        "PRAGMA enable_profiling",
-        "SET enable_external_access = true",
-        "SET VARIABLE x = 1",
-        "RESET allowed_directories",
-        "CALL pragma_version()",
-        "CHECKPOINT",
-        "VACUUM",
-        "USE memory",
-        "SELECT 1; SELECT 2",
-        "EXPLAIN SELECT 1",
-        "",
-        "  ; ",
-        "-- only a comment",
-    ],
-)
-def test_what_is_not_one_select_is_refused(data, sql):
-    assert "expected exactly one SELECT" in refusal(data, sql.format(data=data))
+@pytest.mark.parametrize("kind", [connect, database.confined])
+def test_the_configuration_of_a_connection_is_locked(data, kind):
+    for setting in (
+        "enable_external_access = true",
+        "memory_limit = '1TB'",
+        "temp_directory = '/tmp'",
+    ):
+        with pytest.raises(duckdb.Error, match="locked"):
+            kind(data).execute(f"SET {setting}")
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "SELECT * FROM read_text('/etc/passwd')",
-        "SELECT * FROM read_blob('/proc/self/environ')",
-        "SELECT * FROM read_csv('{data}/../secret.csv')",
-        "SELECT * FROM '{data}/images/../../secret.csv'",
-        "SELECT * FROM '{data}/link.csv'",
-        "SELECT * FROM '{data}/linked/secret.csv'",
-        "SELECT * FROM read_csv('{data}/linked/*.csv')",
-        "SELECT * FROM read_json('/etc/passwd')",
-        "SELECT * FROM glob('{data}/../*')",
-        "SELECT * FROM sniff_csv('/etc/passwd')",
-        "SELECT * FROM parquet_metadata('/etc/passwd')",
-        "SELECT * FROM read_parquet('http://127.0.0.1/x.parquet')",
-        "SELECT * FROM query('COPY (SELECT 1) TO ''{data}/out.csv''')",
-        "SELECT * FROM enable_logging(storage = 'file', storage_path = '{data}/log')",
-        "SELECT * FROM enable_profiling(save_location := '{data}/profile.json')",
-        "SELECT getenv('HOME')",
-        "SELECT * FROM connection",
-        "SELECT * FROM statements",
-    ],
-)
-def test_a_select_reads_nothing_outside_data_and_writes_nothing(data, sql):
-    assert refusal(data, sql.format(data=data.resolve()))
-
-
-def test_the_configuration_of_a_connection_is_locked(data):
-    with pytest.raises(duckdb.Error, match="locked"):
-        connect(data).execute("SET enable_external_access = true")
+def test_this_projects_own_queries_spill_into_a_private_folder(data):
+    sql = "SELECT current_setting('temp_directory')"
+    [(folder,)] = connect(data).execute(sql).fetchall()
+    assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    assert database.confined(data).execute(sql).fetchall() == [("",)]
 
 
 # Messages
