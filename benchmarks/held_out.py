@@ -9,16 +9,17 @@ from pipeline import Student
 from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
 from pipeline.evaluation.metrics import fidelity
 from pipeline.evaluation.retrieval import hits_at, ranks_of_own
-from pipeline.training.batches import Rows, batches_of
+from pipeline.training.batches import held_out_batches
+from pipeline.training.dataset import Dataset
 
 
 def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[str, float]:
     """cosine, its floor, centred cosine, student-teacher R@1 and, with captions, text-image R@1."""
     ids, teacher = split_vectors(data, split)
     place = {key: i for i, key in enumerate(ids)}
-    rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
+    dataset = Dataset(data, split, student.config.image_size, student.preprocessing.interpolation)
     found = np.zeros_like(teacher)
-    for batch in batches_of(rows, range(len(rows)), 128, workers=2):
+    for batch in held_out_batches(dataset, range(len(dataset)), 128, workers=2):
         with torch.inference_mode():
             pixels = student.normalise(torch.from_numpy(batch.pixels).permute(0, 3, 1, 2))
             found[[place[key] for key in batch.ids]] = student(pixels)[0].float().numpy()

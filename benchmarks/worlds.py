@@ -19,7 +19,7 @@ FULL_SIZE = "ViT-B-32-quickgelu"
 AREA, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # of random crops
 
 
-def photos(folder: Path | None, count: int) -> list[bytes]:
+def photos(folder: Path | None, count: int, seed: int = 0) -> list[bytes]:
     """Stored JPEGs (shorter side at most 256 px) of a folder's images, or of drawn ones.
 
     The drawn ones are smooth colours with some grain, 341 x 256 px, about 20 kB each.
@@ -27,7 +27,7 @@ def photos(folder: Path | None, count: int) -> list[bytes]:
     if folder:
         files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg"))
         return [canonical_jpeg(path.read_bytes(), 256, 95, 10**8)[0] for path in files[:count]]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((341, 256))

@@ -5,19 +5,21 @@ Cost:  the student's own training; no teacher is built. A killed run goes on fro
 """
 
 import json
+import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from pipeline.core.config import DistillConfig
-from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import (
     Work,
     contents,
+    digest,
+    file_digest,
     libraries,
     lock,
     read_stamp,
@@ -25,22 +27,28 @@ from pipeline.core.provenance import (
     teacher_summary,
     write_json,
 )
-from pipeline.core.records import Recipe, TeacherSummary
+from pipeline.core.records import Preprocessing, Recipe, TeacherSummary
 from pipeline.data import views
 from pipeline.data.embeddings import training_mean
 from pipeline.data.runs import append_run
 from pipeline.models import student as students
 from pipeline.models.student import Student
-from pipeline.training import batches, trainer
-from pipeline.training.batches import Epochs, Rows, batches_of, training_batches
-from pipeline.training.distributed import Ranks
-from pipeline.training.trainer import Trainer, write_log
+from pipeline.training import sampler, trainer
+from pipeline.training.batches import held_out_batches, training_batches
+from pipeline.training.dataset import Dataset
+from pipeline.training.distributed import Ranks, own_device
+from pipeline.training.log import write_log
+from pipeline.training.sampler import Sampler
+from pipeline.training.trainer import Trainer
+from pipeline.training.warm_start import warm_student
 
 STAGE = "distill"
 CHECKPOINT, RECIPE = "checkpoint.pt", "recipe.json"  # of a run under way
 LOG, METRICS = "training.csv", "training.json"
-FILES = [students.WEIGHTS, students.CONFIG, LOG, METRICS]
-LOG_EVERY = 10  # steps
+LAST = "last"  # folder of the student of the last step, beside the best one
+WEIGHTS = [students.WEIGHTS, students.CONFIG]
+FILES = [*WEIGHTS, *(f"{LAST}/{name}" for name in WEIGHTS), LOG, METRICS]
+LOG_EVERY = 10  # steps, between which nothing waits for the device
 VALIDATED = 1024  # images of the validation split that are looked at during training, at most
 
 
@@ -52,14 +60,16 @@ def distill(
     workers: int = 2,
     resume: bool = False,
 ) -> dict[str, float]:
-    """Write data/student; returns the last validation figures.
+    """Write data/student, the student of the best validation and below it that of the last step;
+    returns the metrics of the last step and of the best validation.
 
-    workers: threads that decode and crop. A run that was interrupted goes on by itself; resume
-    refuses to start another one instead. Raises PipelineError: an earlier stage is missing or was
-    made from other inputs, a student that does not fit the teacher, fewer images than a batch, a
-    loss that is not finite; with resume, no checkpoint of these very parameters and data.
+    workers: threads, or processes where the device is a GPU, that read, decode and crop. A run that
+    was interrupted goes on by itself; resume refuses to start another one instead. Raises
+    PipelineError: an earlier stage is missing or was made from other inputs, a student that does
+    not fit the teacher or that distill.init does not fit, fewer images than a batch, too many steps
+    whose loss is not finite; with resume, no checkpoint of these very parameters and data.
     """
-    ranks = Ranks(pick_device(device))
+    ranks = Ranks(own_device(device))
     ranks.check_batch(config.batch)
     try:
         with lock(data, STAGE) if ranks.first else nullcontext():
@@ -84,10 +94,23 @@ def _recipe(config: DistillConfig, data: Path) -> tuple[Recipe, TeacherSummary]:
             f"the teacher's embeddings have {size} values, distill.student.embedding_size is "
             f"{config.student.embedding_size}. Set it to {size}."
         )
-    versions = {"batches": batches.VERSION, "loop": trainer.VERSION, "student": students.FORMAT}
+    versions = {"sampler": sampler.VERSION, "trainer": trainer.VERSION, "student": students.FORMAT}
     versions["views"] = views.VERSION
-    recipe = Recipe(parameters=config.model_dump(), versions=versions, inputs=contents(inputs))
+    parameters = config.model_dump()
+    if config.init:
+        parameters["content of init"] = _content_of_start(Path(config.init))
+    recipe = Recipe(parameters=parameters, versions=versions, inputs=contents(inputs))
     return recipe, teacher
+
+
+def _content_of_start(folder: Path) -> str:
+    try:
+        return digest([file_digest(folder / name) for name in WEIGHTS])
+    except OSError as error:
+        raise PipelineError(
+            f"distill.init: {error.filename} cannot be read ({error.strerror}). Name a folder that "
+            "`pipeline distill` or `pipeline import checkpoint` wrote, or set it to null."
+        ) from None
 
 
 def _refuse_another_run(work: Work) -> None:
@@ -132,43 +155,61 @@ def _train(
         write_json(work.folder / RECIPE, work.recipe.model_dump())
     ranks.wait()
     seen = config.student.image_size, teacher.preprocessing.interpolation
-    rows = Rows(
+    lanes = config.shuffle_row_groups
+    dataset = Dataset(
         data, "train", *seen, views=config.views, captions=config.loss.caption > 0,
-        window=config.shuffle_row_groups,
+        groups_in_use=lanes,
     )  # fmt: skip
-    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
-    held_out = Rows(data, "val", *seen)
+    order = Sampler(dataset, config.seed, config.batch, lanes)
+    held_out = Dataset(data, "val", *seen)
     torch.manual_seed(config.seed)
     trainer = Trainer(
-        config, Student(config.student, teacher.preprocessing), training_mean(data), ranks
+        config, _first_student(config, teacher.preprocessing), training_mean(data), ranks
     )
     if (work.folder / CHECKPOINT).is_file():
         trainer.restore(work.folder / CHECKPOINT)
     began, first_step = time.monotonic(), trainer.step
     steps = training_batches(
-        epochs, trainer.step, config.steps, workers=workers, rank=ranks.rank, ranks=ranks.size,
-        min_crop_area=config.min_crop_area,
+        dataset, order, trainer.step, trainer.step if trainer.ended else config.steps,
+        workers=workers, rank=ranks.rank, ranks=ranks.size, min_crop_area=config.min_crop_area,
+        device=ranks.device,
     )  # fmt: skip
+    with closing(steps):
+        _take_steps(trainer, steps, held_out, work.folder / CHECKPOINT, workers)
+    if ranks.first:
+        _publish(work, trainer, teacher, data, began, (trainer.step - first_step) * config.batch)
+    ranks.wait()
+
+
+def _first_student(config: DistillConfig, preprocessing: Preprocessing) -> Student:
+    if config.init:
+        return warm_student(Path(config.init), config.student, preprocessing)
+    return Student(config.student, preprocessing)
+
+
+def _take_steps(trainer: Trainer, steps, held_out: Dataset, checkpoint: Path, workers) -> None:
+    """Train, log, validate and write checkpoints, to the last step or until nothing gets better."""
+    config, ranks = trainer.config, trainer.ranks
     with tqdm(
         total=config.steps * config.batch, initial=trainer.step * config.batch, unit="image",
         desc=STAGE, disable=not ranks.first, smoothing=0.05,
     ) as bar:  # fmt: skip
         for batch in steps:
-            values = trainer.train_step(batch)
+            trainer.train_step(batch)
             bar.update(config.batch)
-            ends = trainer.step % config.validate_every == 0 or trainer.step == config.steps
-            if trainer.step % LOG_EVERY == 0 or ends:
-                trainer.log.append({"step": trainer.step} | values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if ends:
+            validates = trainer.step % config.validate_every == 0 or trainer.step == config.steps
+            if trainer.step % LOG_EVERY == 0 or validates:
+                *before, last = trainer.read()
+                trainer.log += [row for row in before if row["skipped"]] + [last]
+                bar.set_postfix(loss=f"{last['loss']:.3f}")
+            if validates:
                 looked_at = range(min(len(held_out), VALIDATED))
-                found = batches_of(held_out, looked_at, config.batch, workers=workers)
-                trainer.log[-1] |= trainer.validate(found)
+                batches = held_out_batches(held_out, looked_at, config.batch, workers=workers)
+                trainer.log[-1] |= trainer.validate(batches)
                 if ranks.first:
-                    trainer.save(work.folder / CHECKPOINT)
-    if ranks.first:
-        _publish(work, trainer, teacher, data, began, (config.steps - first_step) * config.batch)
-    ranks.wait()
+                    trainer.save(checkpoint)
+                if ranks.total(int(ranks.first and trainer.ended)):
+                    return
 
 
 def _publish(
@@ -176,11 +217,24 @@ def _publish(
 ) -> None:
     made = {"stage": STAGE, "stamp": work.stamp, "recipe": work.recipe.model_dump()}
     made |= {"libraries": libraries("torch", "numpy", "pyarrow", "duckdb", "simplejpeg")}
-    student = trainer.averaged_student()
-    student.save(work.folder, provenance=made, teacher=teacher.model_dump(mode="json"))
+    best, last = trainer.best, trainer.log[-1]
+    students_of = {
+        work.folder: (trainer.best_student(), "best", best.step, best.cosine),
+        work.folder / LAST: (trainer.averaged_student(), "last", trainer.step, last["val_cosine"]),
+    }
+    for folder, (student, which, step, cosine) in students_of.items():
+        checkpoint = {"which": which, "step": step, "val_cosine": cosine}
+        student.save(
+            folder,
+            provenance=made | {"checkpoint": checkpoint},
+            teacher=teacher.model_dump(mode="json"),
+        )
     work.commit(LOG, lambda partial: write_log(partial, trainer.log))
-    figures = {"steps": trainer.step, "undecodable_rows": trainer.lost} | trainer.log[-1]
-    write_json(work.folder / METRICS, figures)
-    work.publish(FILES, figures)
+    metrics = {"steps": trainer.step, "undecodable_rows": trainer.undecodable}
+    metrics |= {"skipped_steps": trainer.skipped, "best_step": best.step}
+    metrics |= {"best_val_cosine": best.cosine}
+    metrics |= {k: v for k, v in last.items() if k not in ("step", "skipped") and math.isfinite(v)}
+    write_json(work.folder / METRICS, metrics)
+    work.publish(FILES, metrics)
     device = str(trainer.ranks.device)
-    append_run(data, STAGE, work.stamp, work.recipe, figures, device, began, images)
+    append_run(data, STAGE, work.stamp, work.recipe, metrics, device, began, images)

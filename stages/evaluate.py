@@ -43,7 +43,8 @@ from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
 from pipeline.models.student import Student
-from pipeline.training.batches import Rows, batches_of
+from pipeline.training.batches import held_out_batches
+from pipeline.training.dataset import Dataset
 
 STAGE = "evaluate"
 VERSION = 3  # raise it when a figure is computed in another way
@@ -91,15 +92,15 @@ def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
 def _write_index(work: Work, config, data: Path, student: Student, workers: int) -> int:
     """The student's embedding of every kept image, a shard at a time; returns how many."""
     how = student.preprocessing.interpolation
-    rows = Rows(data, None, student.config.image_size, how)
-    numbers = np.arange(len(rows))
+    dataset = Dataset(data, None, student.config.image_size, how)
+    numbers = np.arange(len(dataset))
     done = 0
-    with tqdm(total=len(rows), unit="image", desc=STAGE) as bar:
-        for shard in np.unique(rows.places[:, 0]):
-            name, mine = f"index/{shard:05}.parquet", numbers[rows.places[:, 0] == shard]
+    with tqdm(total=len(dataset), unit="image", desc=STAGE) as bar:
+        for shard in np.unique(dataset.addresses[:, 0]):
+            name, mine = f"index/{shard:05}.parquet", numbers[dataset.addresses[:, 0] == shard]
             if not work.has(name):
                 ids, vectors = [], []
-                for batch in batches_of(rows, mine, config.batch, workers=workers):
+                for batch in held_out_batches(dataset, mine, config.batch, workers=workers):
                     ids += batch.ids
                     vectors.append(_embedded(student, batch.pixels))
                     bar.update(len(batch.ids))

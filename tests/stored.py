@@ -81,12 +81,12 @@ def distill_config(**changes) -> DistillConfig:
         "neighbourhood_mask": True, "same_norm": True, "pool": "extra-head", "temperature": 1.0,
     }  # fmt: skip
     values = dict(
-        student=student, loss={"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.1},
+        student=student, init=None, loss={"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.1},
         relational_scale=20.0, views=2, color_jitter=0.1, min_crop_area=1.0, mixup=0.0,
         fixed_stem_frequencies=0,
         steps=12, batch=8, learning_rate=0.003,
         schedule="cosine", warmup=2, weight_decay=0.05, max_grad_norm=1.0, ema=0.9, precision="float32",
-        validate_every=5, shuffle_row_groups=2, seed=0,
+        validate_every=5, max_skipped_steps=0, early_stopping=0, shuffle_row_groups=2, seed=0,
     )  # fmt: skip
     return DistillConfig.model_validate(values | changes)
 

@@ -1,5 +1,6 @@
 """Training goes on from a checkpoint as if nothing had happened; its parts do what they say."""
 
+import copy
 import math
 import shutil
 
@@ -10,10 +11,11 @@ import torch
 import worlds
 
 from pipeline.core.errors import PipelineError
-from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
-from pipeline.training.batches import Batch, Epochs, Rows, batches_of, training_batches
+from pipeline.training.batches import Batch, held_out_batches, training_batches
+from pipeline.training.dataset import Dataset
 from pipeline.training.distributed import Ranks
+from pipeline.training.sampler import Sampler
 from pipeline.training.trainer import Trainer
 
 EVERYTHING = {"mixup": 1.0, "min_crop_area": 0.5, "fixed_stem_frequencies": 4}
@@ -35,22 +37,26 @@ def trainer(config) -> Trainer:
 def train(found: Trainer, data, stop: int) -> list[float]:
     """Steps from where a trainer stands to stop; returns the losses."""
     config = found.config
-    rows = Rows(
-        data, "train", 32, "bicubic", views=2, captions=True, window=config.shuffle_row_groups
-    )
-    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
+    rows = Dataset(data, "train", 32, "bicubic", views=2, captions=True)
+    order = Sampler(rows, config.seed, config.batch, config.shuffle_row_groups)
     steps = training_batches(
-        epochs, found.step, stop, workers=1, min_crop_area=config.min_crop_area
+        rows, order, found.step, stop, workers=1, min_crop_area=config.min_crop_area
     )
-    return [found.train_step(batch)["loss"] for batch in steps]
+    return [step(found, batch)["loss"] for batch in steps]
+
+
+def step(found: Trainer, batch: Batch) -> dict:
+    """One step, and what it did."""
+    found.train_step(batch)
+    return found.read()[0]
 
 
 def held_out(data):
-    rows = Rows(data, "val", 32, "bicubic")
-    return batches_of(rows, range(len(rows)), 4, workers=1)
+    rows = Dataset(data, "val", 32, "bicubic")
+    return held_out_batches(rows, range(len(rows)), 4, workers=1)
 
 
-def batch(count: int, places=None, seed: int = 0) -> Batch:
+def batch(count: int, position=None, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     targets = rng.normal(size=(count, stored.SIZE)).astype(np.float32)
     return Batch(
@@ -58,8 +64,8 @@ def batch(count: int, places=None, seed: int = 0) -> Batch:
         pixels=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
         targets=targets / np.linalg.norm(targets, axis=1, keepdims=True),
         texts=np.zeros((count, stored.SIZE), np.float32),
-        places=np.arange(count) if places is None else np.array(places),
-        lost=[],
+        position=np.arange(count) if position is None else np.array(position),
+        undecodable=[],
     )
 
 
@@ -111,30 +117,58 @@ def test_a_student_learns_the_targets_of_a_batch_that_it_sees_again_and_again():
         loss=loss, steps=200, color_jitter=0.0, learning_rate=0.01, ema=0.0
     )
     found, same = trainer(config), batch(8)
-    losses = [found.train_step(same)["loss"] for _ in range(200)]
+    losses = [step(found, same)["loss"] for _ in range(200)]
     assert losses[-1] < losses[0] / 4
 
 
-def test_a_loss_that_is_not_finite_is_refused_before_any_weight_changes():
-    found = trainer(stored.distill_config())
-    before = [p.clone() for p in found.student.parameters()]
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_more_than_allowed_end_the_run(poison):
+    """A gradient may be infinite under a loss that is not: zero vectors, overflowing products."""
+    found = trainer(stored.distill_config(max_skipped_steps=1, ema=0.0))
+    step(found, batch(8))
+    before = copy.deepcopy([found.student.state_dict(), found.optimizer.state_dict()["state"]])
     bad = batch(8)
-    bad.targets[3] = np.nan
-    with pytest.raises(PipelineError, match=r"the loss is nan at step 0.*learning_rate"):
-        found.train_step(bad)
-    assert all(torch.equal(p, q) for p, q in zip(found.student.parameters(), before, strict=True))
+    if poison == "loss":
+        bad.targets[3] = np.nan
+    else:
+        parameter = next(found.student.parameters())
+        hook = parameter.register_hook(lambda gradient: gradient * torch.inf)
+    log = step(found, bad)
+    assert log["skipped"] == found.skipped == 1 and log["step"] == 2
+    assert math.isfinite(log["loss"]) == (poison == "gradient")
+    after = found.student.state_dict(), found.optimizer.state_dict()["state"]
+    assert all(torch.equal(x, after[0][name]) for name, x in before[0].items())
+    for key, state in before[1].items():
+        assert all(torch.equal(x, after[1][key][name]) for name, x in state.items())
+    found.train_step(bad)
+    with pytest.raises(PipelineError, match=r"2 such steps were skipped.*learning_rate"):
+        found.read()
+    if poison == "gradient":
+        hook.remove()
+    assert all(p.isfinite().all() for p in found.student.parameters())
+
+
+def test_a_checkpoint_after_a_skipped_step_goes_on_with_finite_weights(tmp_path):
+    config = stored.distill_config(max_skipped_steps=1)
+    first, resumed, bad = trainer(config), trainer(config), batch(8)
+    bad.targets[0] = np.inf
+    assert step(first, bad)["skipped"]
+    first.best.see(1, 0.5, first.averaged_student())
+    first.save(tmp_path / "checkpoint.pt")
+    resumed.restore(tmp_path / "checkpoint.pt")
+    assert resumed.skipped == 1 and math.isfinite(step(resumed, batch(8))["loss"])
 
 
 def test_a_batch_of_which_nothing_decodes_is_refused():
     found = trainer(stored.distill_config(mixup=1.0))
     with pytest.raises(PipelineError, match="none of the 8 images of step 0 decodes"):
-        found.train_step(batch(0, places=np.zeros(0, np.int64)))
+        found.train_step(batch(0, position=np.zeros(0, np.int64)))
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine():
     config = stored.distill_config(steps=20, warmup=4, learning_rate=0.01)
     found = trainer(config)
-    rates = [found.train_step(batch(8))["learning_rate"] for _ in range(20)]
+    rates = [step(found, batch(8))["learning_rate"] for _ in range(20)]
     wanted = [0.01 * (s + 1) / 4 for s in range(4)]
     wanted += [0.005 * (1 + math.cos(math.pi * (s - 4) / 16)) for s in range(4, 20)]
     assert rates == pytest.approx(wanted)
@@ -159,57 +193,17 @@ def test_validation_gives_the_cosine_beside_that_of_the_mean(data):
     student, cosines, floors = found.averaged_student(), [], []
     for part in held_out(data):
         with torch.inference_mode():
-            vectors = student(found.normalised(part.pixels))[0].numpy()
+            pixels = torch.from_numpy(part.pixels).permute(0, 3, 1, 2)
+            vectors = student(student.normalise(pixels))[0].numpy()
         cosines += list((vectors * part.targets).sum(1) / np.linalg.norm(vectors, axis=1))
         floors += list(part.targets @ np.full(stored.SIZE, stored.SIZE**-0.5))
     assert figures["val_cosine"] == pytest.approx(np.mean(cosines), abs=1e-5)
     assert figures["val_floor"] == pytest.approx(np.mean(floors), abs=1e-5)
 
 
-def test_mixup_overlays_neighbours_and_their_targets_with_the_same_shares():
-    found, whole = trainer(stored.distill_config(mixup=1.0)), batch(8)
-    pixels = found.normalised(whole.pixels)
-    targets = torch.from_numpy(whole.targets)
-    mixed, mixed_targets = found._mixed(pixels, targets, whole.places)
-    for i in range(8):
-        own, other = pixels[i].flatten(), pixels[i ^ 1].flatten()
-        share = ((mixed[i].flatten() - other) @ (own - other) / (own - other).square().sum()).item()
-        assert 0.5 <= share <= 1
-        assert torch.allclose(mixed[i].flatten(), share * own + (1 - share) * other, atol=1e-4)
-        wanted = share * targets[i] + (1 - share) * targets[i ^ 1]
-        assert torch.allclose(mixed_targets[i], wanted / wanted.norm(), atol=1e-4)
-
-
-def test_mixup_does_not_depend_on_who_else_decodes_or_on_ranks():
-    """Rows 2 and 5 are missing: 3 and 4, their neighbours, stay as they are."""
-    found, whole = trainer(stored.distill_config(mixup=1.0)), batch(8)
-    pixels, targets = found.normalised(whole.pixels), torch.from_numpy(whole.targets)
-    everyone = found._mixed(pixels, targets, whole.places)[0]
-    places = np.array([0, 1, 3, 4, 6, 7])
-    some = found._mixed(pixels[places], targets[places], places)[0]
-    for at, place in enumerate(places):
-        wanted = pixels[place] if place in (3, 4) else everyone[place]
-        assert torch.equal(some[at], wanted)
-    half = found._mixed(pixels[4:], targets[4:], whole.places[4:])[0]
-    assert torch.equal(half, everyone[4:])
-
-
 def test_mixup_with_an_odd_share_is_refused():
     with pytest.raises(PipelineError, match=r"mixup pairs images, and 7 a rank is odd"):
         trainer(stored.distill_config(mixup=1.0, batch=7))
-
-
-def test_smooth_filters_hold_no_frequency_above_their_count():
-    """Seen by an orthonormal cosine transform along both axes, built from its definition."""
-    side, count = 16, 5
-    filters = smooth_filters(40, side, count, seed=0)
-    assert filters.shape == (40, 3, side, side)
-    assert filters.flatten(1).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-5)
-    k, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    cosine = torch.cos(torch.pi * k * (x + 0.5) / side)
-    spectrum = (cosine @ filters @ cosine.T).abs().amax(dim=(0, 1))  # (side, side)
-    high = k + x >= count
-    assert spectrum[high].max() < 1e-4 < 1e-2 < spectrum[~high].min()
 
 
 def test_a_fixed_stem_frequencies_stays_as_it_is_and_a_learned_one_does_not(data):

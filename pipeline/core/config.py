@@ -135,6 +135,7 @@ class DistillConfig(Record):
     """data/images + data/teacher + data/selection -> data/student."""
 
     student: StudentConfig
+    init: str | None  # folder of a student to start from; null = random weights
     loss: LossWeights
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
@@ -151,9 +152,11 @@ class DistillConfig(Record):
     warmup: Count  # steps
     weight_decay: Weight
     max_grad_norm: PositiveFloat  # norm of the gradient
+    max_skipped_steps: Count  # steps whose loss or gradient is not finite change nothing; so many
     ema: Annotated[float, Field(ge=0, lt=1)]  # decay of the averaged weights; 0 = off
     precision: Literal["bfloat16", "float32"]  # of the matrix products
     validate_every: Positive  # steps; also when a checkpoint is written
+    early_stopping: Count  # validations without a better one that end the run; 0 = never
     shuffle_row_groups: Positive  # row groups that are shuffled together
     seed: Seed
 
@@ -163,6 +166,11 @@ class DistillConfig(Record):
             raise ValueError(
                 f"fixed_stem_frequencies {self.fixed_stem_frequencies} is more than student.patch_size "
                 f"{self.student.patch_size}: a patch has no more frequencies"
+            )
+        if self.fixed_stem_frequencies and self.init:
+            raise ValueError(
+                "fixed_stem_frequencies replaces the patch projection that init brings; set it to 0 "
+                "or init to null"
             )
         return self
 

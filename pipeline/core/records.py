@@ -3,9 +3,12 @@
 Each is documented here and nowhere else. What goes to disk as JSON is a record's `model_dump`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RGB = Annotated[tuple[float, float, float], Field(strict=False)]  # JSON has lists
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -91,3 +94,30 @@ class TeacherSummary(Record):
     images: Annotated[int, Field(ge=0)]  # rows: images times views
     texts: Annotated[int, Field(ge=0)]
     further_counts: dict[str, int] = {}  # of imported embeddings: what was joined with what
+
+
+class StepPosition(NamedTuple):
+    """Where training stands; with the batch size, all that a resume needs to know of the data."""
+
+    seed: int
+    epoch: int
+    step: int  # within the epoch
+
+
+class RowAddress(NamedTuple):
+    """Where a row of data/images lies."""
+
+    shard: int
+    group: int  # row group of the shard
+    row: int  # in the row group
+
+
+class Sample(NamedTuple):
+    """One stored image and view as the loader hands it to decoding."""
+
+    image_id: str
+    jpg: bytes
+    box: tuple[float, float, float, float]  # left, top, right, bottom in stored pixels
+    flip: bool  # left and right, after the crop
+    target: "np.ndarray"  # (E,) float32, unit length: the teacher's embedding of this view
+    text: "np.ndarray | None"  # (E,) float32, unit length: of one caption, where one is read

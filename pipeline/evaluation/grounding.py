@@ -9,7 +9,8 @@ from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.evaluation import metrics
 from pipeline.models.student import Student
-from pipeline.training.batches import Rows, batches_of
+from pipeline.training.batches import held_out_batches
+from pipeline.training.dataset import Dataset
 
 BOXES = """
 SELECT image_id, list_filter(boxes, lambda b: trim(b.text) <> '') AS boxes FROM images
@@ -40,10 +41,10 @@ def pointing_figures(
     views = {key: box for key, *box in connection.execute(VIEWS).fetchall()}
     texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
     vector_of = dict(zip(texts, vectors, strict=True))
-    rows = Rows(data, split, student.config.image_size, student.preprocessing.interpolation)
+    dataset = Dataset(data, split, student.config.image_size, student.preprocessing.interpolation)
     mean, owners = vectors.mean(axis=0), []
     found: dict[str, list[dict]] = {"pointing": [], "pointing_centred": []}
-    for batch_seen in batches_of(rows, range(len(rows)), batch, workers=workers):
+    for batch_seen in held_out_batches(dataset, range(len(dataset)), batch, workers=workers):
         patches = _patches(student, batch_seen.pixels)  # (b, N, E)
         for key, image_patches in zip(batch_seen.ids, patches, strict=True):
             named = _corners_by_text(boxes.get(key, []), vector_of)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from pipeline.core.records import Sample
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
@@ -17,7 +18,8 @@ from pipeline.explore import plots, report_charts
 from pipeline.models import attention
 from pipeline.models.patches import PatchView, agreement, entropy, in_shares, student_view
 from pipeline.models.student import Student
-from pipeline.training.batches import Rows, batches_of
+from pipeline.training.batches import held_out_batches
+from pipeline.training.dataset import Dataset
 
 SIDE = 192  # px of a tile
 TEXTS = 2  # per image
@@ -37,21 +39,21 @@ class Tile:
 
 def patch_groups(
     data: Path,
-    rows: Rows,
+    dataset: Dataset,
     count: int,
     student: Student,
-    by_teacher: Callable[[dict], PatchView] | None,
+    by_teacher: Callable[[Sample], PatchView] | None,
 ) -> list[dict]:
     """Tiles of the first held-out images, [{title, tiles}]: weights and a map per text.
 
-    by_teacher: a row of `rows` -> what the teacher makes of it, for its attention beside them.
+    by_teacher: a sample of the dataset -> what the teacher makes of it, for its attention beside them.
     """
     how, groups = student.preprocessing.interpolation, []
-    for number in range(min(count, len(rows))):
-        row = rows.read(number, 0, 0)
-        image = view_pixels(decode(row["jpg"]), row["box"], row["flip"], SIDE, how)
-        found = student_view(student, rows.pixels(row))
-        caption, texts = _texts_of(data, row["image_id"])
+    for number in range(min(count, len(dataset))):
+        sample = dataset.sample(number)
+        image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, how)
+        found = student_view(student, dataset.pixels(sample))
+        caption, texts = _texts_of(data, sample.image_id)
         tiles = [
             Tile(
                 plots.data_uri(plots.thumbnail(image, SIDE)),
@@ -61,10 +63,10 @@ def patch_groups(
             _weights_tile(image, found.weights, "patch weights"),
         ]
         if by_teacher is not None:
-            tiles.append(_teacher_tile(by_teacher(row).weights, image, found.weights))
+            tiles.append(_teacher_tile(by_teacher(sample).weights, image, found.weights))
         for text, vector, box in texts:
-            tiles.append(_text_tile(image, found.patches @ vector, text, box, row["box"]))
-        groups.append({"title": caption or row["image_id"], "tiles": tiles})
+            tiles.append(_text_tile(image, found.patches @ vector, text, box, sample.box))
+        groups.append({"title": caption or sample.image_id, "tiles": tiles})
     return groups
 
 
@@ -124,11 +126,11 @@ def _boxed(image: np.ndarray, box: dict | None, view: list[float]) -> np.ndarray
     return np.asarray(drawn)
 
 
-def inside_views(student: Student, rows: Rows) -> tuple[list[dict], list[dict]]:
+def inside_views(student: Student, dataset: Dataset) -> tuple[list[dict], list[dict]]:
     """Charts and tiles of what the student has learned: ([{title, text, alt, light, dark}],
     [{title, text, tiles}]), measured on the first PASSED held-out images.
     """
-    batch = next(batches_of(rows, range(min(PASSED, len(rows))), PASSED, workers=1))
+    batch = next(held_out_batches(dataset, range(min(PASSED, len(dataset))), PASSED, workers=1))
     device = student.mean.device
     pixels = student.normalise(torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2))
     found = attention.look_inside(student, pixels)

@@ -17,6 +17,7 @@ import jinja2
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_inputs, stamp_of, write_file
+from pipeline.core.records import Sample
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
@@ -25,7 +26,7 @@ from pipeline.explore.search import Collection, Hits, Query
 from pipeline.explore.throughput import finished_runs, throughput
 from pipeline.models.patches import PatchView
 from pipeline.models.student import Student, read_card
-from pipeline.training.batches import Rows
+from pipeline.training.dataset import Dataset
 
 NAME = "report.html"
 HITS = 6  # a side and prompt
@@ -62,7 +63,7 @@ def write_report(
     found: dict,
     config: EvaluateConfig,
     *,
-    by_teacher: Callable[[dict], PatchView] | None = None,
+    by_teacher: Callable[[Sample], PatchView] | None = None,
     notes: list[str] | None = None,
     runs: list[dict] | None = None,
 ) -> None:
@@ -72,8 +73,10 @@ def write_report(
     what the teacher makes of a row, where its weights are here; notes: what is left out and why;
     runs: those that `pipeline.explore.throughput` finds.
     """
-    rows = Rows(data, config.split, student.config.image_size, student.preprocessing.interpolation)
-    parts, groups = panels.inside_views(student, rows)
+    dataset = Dataset(
+        data, config.split, student.config.image_size, student.preprocessing.interpolation
+    )
+    parts, groups = panels.inside_views(student, dataset)
     values = {
         "found": found,
         "summary": _summary(found, student),
@@ -82,7 +85,7 @@ def write_report(
         "quality": _quality(found),
         "curves": _curves(data / "student" / "training.csv"),
         "searches": _searches(Collection(data, index), config.prompts),
-        "looked_at": panels.patch_groups(data, rows, LOOKED_AT, student, by_teacher),
+        "looked_at": panels.patch_groups(data, dataset, LOOKED_AT, student, by_teacher),
         "charts_inside": parts,
         "tiles_inside": groups,
         "runs": throughput(runs or [], found["fidelity"]["cosine"]["floor"]),
@@ -101,7 +104,7 @@ def report(
     data: Path,
     path: Path,
     config: EvaluateConfig,
-    by_teacher: Callable[[dict], PatchView] | None,
+    by_teacher: Callable[[Sample], PatchView] | None,
     notes: list[str],
 ) -> None:
     """The report of what lies in data, with what the evaluate stage leaves out: the teacher's

@@ -33,6 +33,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
     It is silu(1.702 x) / 1.702, for which there are native kernels in both directions.
     """
+    if torch.compiler.is_compiling():  # which fuses it with its neighbours in either direction
+        return x * torch.sigmoid(1.702 * x)
     return _QuickGELU.apply(x) if torch.is_grad_enabled() else _of_scaled(x.mul_(1.702))
 
 
@@ -55,29 +57,6 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward.grad_input(gradient, scaled, grad_input=scaled)
 
 
-def smooth_filters(width: int, side: int, count: int, seed: int) -> Tensor:
-    """(W, 3, p, p) random patch filters of mean length 1 that see only smooth patterns.
-
-    They combine the products of cosines whose two frequencies add up to less than count, in
-    brightness and two opponent colours; what photos hold less of (amplitudes fall with frequency,
-    Field 1987; colour varies less than brightness, Ruderman et al. 1998) counts for more. From a
-    few hundred images a learned projection of p * p * 3 values learns noise.
-    """
-    x = (torch.arange(side) + 0.5) / side
-    waves = torch.cos(torch.pi * torch.arange(count)[:, None] * x)  # (count, p)
-    waves[1:] *= 2**0.5
-    across, down = (f.flatten() for f in torch.meshgrid(*2 * [torch.arange(count)], indexing="ij"))
-    kept = across + down < count
-    across, down = across[kept], down[kept]
-    patterns = waves[across][:, :, None] * waves[down][:, None] * (1 + across + down)[:, None, None]
-    opponent = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
-    opponent = F.normalize(opponent, dim=1) * torch.tensor([[1.0], [3.0], [3.0]])
-    basis = torch.einsum("fxy,oc->focxy", patterns, opponent).flatten(0, 1).flatten(1)
-    weights = torch.randn(width, len(basis), generator=torch.Generator().manual_seed(seed))
-    filters = weights @ basis  # (W, 3 p p)
-    return (filters / filters.norm(dim=1).mean()).view(width, 3, side, side)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, W) -> (B, N, W), scaled by 1 / sqrt(D)."""
 
@@ -90,13 +69,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """bias: (N, N) added to the scores, 0 where a token may look and -inf elsewhere."""
+        return (self.fused if x.is_cuda else self.written_out)(x, bias)
+
+    def written_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As matrix products: the faster way on a CPU."""
         heads = self._heads(x)
-        if x.is_cuda:
-            mixed = _fused_attention(*heads, bias)
-        else:
-            q, k, v = heads.flatten(1, 2)  # (B H, N, D) each, laid out for the products
-            mixed = (_probabilities(q, k, bias) @ v).unflatten(0, heads.shape[1:3])
+        q, k, v = heads.flatten(1, 2)  # (B H, N, D) each, laid out for the products
+        mixed = (_probabilities(q, k, bias) @ v).unflatten(0, heads.shape[1:3])
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, W)
+
+    def fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """By the fused kernels, which want D in multiples of 8: so many rows of zeros are added to
+        the weights (not at load: optimiser and checkpoints keep the published shapes), and no
+        activation is copied.
+        """
+        heads, width = self.heads, x.shape[-1]
+        size = width // heads
+        pad = -size % 8
+        weight = F.pad(self.in_proj_weight.view(3, heads, size, width), (0, 0, 0, pad))
+        in_bias = F.pad(self.in_proj_bias.view(3, heads, size), (0, pad)).flatten()
+        qkv = F.linear(x, weight.flatten(0, 2), in_bias)  # (B, N, 3 H D')
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D') each
+        bias = None if bias is None else bias.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=size**-0.5)
+        weight = F.pad(self.out_proj.weight.view(width, heads, size), (0, pad)).flatten(1)
+        return F.linear(mixed.transpose(1, 2).flatten(2), weight, self.out_proj.bias)
 
     def probabilities(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, H, N, N): how much each token (third axis) takes from each; rows sum to 1."""
@@ -114,15 +111,6 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Queries and keys (B H, N, D) -> softmax(q k^T / sqrt(D) + bias), (B H, N, N)."""
     bias = q.new_zeros(()) if bias is None else bias.to(q.dtype)
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, N, D) each -> (B, H, N, D). The kernels that take a bias want D in multiples of 8."""
-    size = q.shape[-1]
-    q, k, v = (F.pad(x, (0, -size % 8)) for x in (q, k, v))
-    bias = None if bias is None else bias.to(q.dtype)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=size**-0.5)
-    return mixed[..., :size]
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import Sample
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.models.open_clip import open_clip
@@ -51,17 +52,17 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     )
 
 
-def row_viewer(teacher: Teacher) -> Callable[[dict], PatchView]:
-    """The teacher's view of a row as `pipeline.training.batches.Rows.read` gives it.
+def row_viewer(teacher: Teacher) -> Callable[[Sample], PatchView]:
+    """The teacher's view of a sample.
 
     Raises PipelineError at once for a tower that is no plain ViT.
     """
     _last_block(teacher)
     size, how = teacher.image_size, teacher.preprocessing.interpolation
 
-    def view(row: dict) -> PatchView:
-        image = decode(row["jpg"])
-        return teacher_view(teacher, view_pixels(image, row["box"], row["flip"], size, how))
+    def view(sample: Sample) -> PatchView:
+        image = decode(sample.jpg)
+        return teacher_view(teacher, view_pixels(image, sample.box, sample.flip, size, how))
 
     return view
 

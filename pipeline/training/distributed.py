@@ -1,17 +1,29 @@
 """One process or several under torchrun: who am I, and what do we see together.
 
 Losses that compare the rows of a batch compare the whole batch, so every rank computes the loss of
-the gathered batch; only its own rows carry gradients, and the ranks' gradients are then added.
+the gathered batch; only its own rows carry gradients, and the ranks' gradients are then added,
+while the backward pass still runs.
 """
 
 import os
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
+
+
+def own_device(name: str) -> torch.device:
+    """The device that this process works on: under torchrun its own GPU, and no other is opened.
+
+    Raises PipelineError for a device that cannot be used.
+    """
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return pick_device(name)
 
 
 class Ranks:
@@ -22,9 +34,9 @@ class Ranks:
         self.device = device
         if self.size > 1:
             if device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                torch.cuda.set_device(device)
+            # numbers that are on the CPU are exchanged there, so that no GPU has to be waited for
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     @property
     def first(self) -> bool:
@@ -45,8 +57,8 @@ class Ranks:
         """
         if self.size == 1:
             return own
-        counts = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(own)], device=own.device))
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(own)]))
         most = int(torch.stack(counts).max())
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own.detach()
@@ -56,30 +68,28 @@ class Ranks:
         parts[self.rank] = own
         return torch.cat(parts)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up all ranks' gradients, in one message."""
+    def summing_gradients(self, network: nn.Module) -> nn.Module:
+        """The network, whose gradients are the sum over ranks of those of `sized` losses."""
         if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        together = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(together)
-        for gradient, part in zip(
-            gradients, together.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
+            return network
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None)
+
+    def sized(self, loss: Tensor) -> Tensor:
+        """A loss whose gradients, averaged over ranks, are the sum that is wanted."""
+        return loss * self.size
 
     def total(self, count: int) -> int:
         """A count over all ranks."""
         if self.size == 1:
             return count
-        tensor = torch.tensor([count], device=self.device)
+        tensor = torch.tensor([count])
         dist.all_reduce(tensor)
         return int(tensor)
 
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+        self.total(0)
 
     def end(self) -> None:
         if self.size > 1:

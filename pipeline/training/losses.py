@@ -1,4 +1,7 @@
-"""What the student is trained to make small. B images, E embedding size, T student embeddings."""
+"""What the student is trained to make small. B images, E embedding size, T student embeddings.
+
+No term waits for the device: rows that take no part are masked, not cut out.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,8 @@ from torch import Tensor
 
 from pipeline.core.config import LossWeights
 
-CENTRED = 0.9  # share of the mean that the relational term takes off both sides
+CENTRED = 0.9  # fraction of the mean that the relational term takes off both sides
+SAME_TEXT = 1 - 1e-5  # cosine of two embeddings of one text, which float16 moves by 2.4e-7
 
 
 def published_loss(student: Tensor, target: Tensor, norm: float = 100.0) -> Tensor:
@@ -23,14 +27,26 @@ def cosine_loss(student: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student.float(), target.float(), dim=-1).mean()
 
 
-def contrastive_loss(student: Tensor, target: Tensor, scale: float) -> Tensor:
+def contrastive_loss(
+    student: Tensor, target: Tensor, scale: float, compared: Tensor | None = None
+) -> Tensor:
     """CLIP's symmetric cross-entropy (Radford et al. 2021): row i of each side belongs to row i of
     the other. (B, E) both, of any length; scale is the inverse temperature; log B is chance.
+
+    compared: (B, B) bool, symmetric: False where two rows are no negatives of each other. A row
+    that is not compared with itself takes no part.
     """
     student, target = F.normalize(student.float(), dim=-1), F.normalize(target.float(), dim=-1)
     logits = scale * student @ target.T  # (B, B)
     own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    if compared is None:
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    counted = compared.diagonal()
+    logits = logits.masked_fill(~(compared | torch.eye(len(logits), dtype=bool, device=own.device)),
+                                float("-inf"))  # fmt: skip
+    both = F.cross_entropy(logits, own, reduction="none")
+    both = both + F.cross_entropy(logits.T, own, reduction="none")  # (B,), 0 of rows not counted
+    return both.sum() / (2 * counted.sum().clamp(min=1))
 
 
 def relational_loss(student: Tensor, target: Tensor, mean: Tensor, scale: float) -> Tensor:
@@ -44,27 +60,38 @@ def relational_loss(student: Tensor, target: Tensor, mean: Tensor, scale: float)
     return contrastive_loss(student, target, scale)
 
 
+def caption_loss(student: Tensor, texts: Tensor, scale: float) -> Tensor:
+    """Contrastive loss against captions, texts (B, E): zero where an image has none.
+
+    Images that share a caption are no negatives of each other; 0 where no image has one.
+    """
+    captioned = (texts != 0).any(dim=1)
+    unit = F.normalize(texts, dim=1)
+    other = unit @ unit.T < SAME_TEXT
+    other.fill_diagonal_(True)
+    compared = other & captioned & captioned[:, None]
+    return contrastive_loss(student, texts, scale, compared)
+
+
 def loss_terms(
     weights: LossWeights,
     scale: float,
     student: Tensor,
     target: Tensor,
-    texts: Tensor,
+    texts: Tensor | None,
     mean: Tensor,
 ) -> dict[str, Tensor]:
     """Every term with a weight, unweighted. student (T, B, E); target, texts (B, E); mean (E,).
 
-    The terms of several student embeddings are averaged. Rows whose text is zero have no caption.
+    The terms of several student embeddings are averaged. texts may be None where the caption term
+    has no weight.
     """
-    captioned = texts.abs().sum(dim=1) > 0
     terms = {
         "l1": lambda s: published_loss(s, target),
         "cosine": lambda s: cosine_loss(s, target),
         "relational": lambda s: relational_loss(s, target, mean, scale),
-        "caption": lambda s: contrastive_loss(s[captioned], texts[captioned], scale),
+        "caption": lambda s: caption_loss(s, texts, scale),
     }
-    if not captioned.any():
-        del terms["caption"]
     return {
         name: torch.stack([term(embedding) for embedding in student]).mean()
         for name, term in terms.items()

@@ -1,11 +1,11 @@
 """The training loop: batches from Parquet in, a student out; exact after any interruption.
 
 Everything a step does is a function of the step's number and of the state in the checkpoint, so a
-run that was killed and resumed ends with the bits of one that was not (CPU, float32).
+run that was killed and resumed ends with the bits of one that was not (CPU, float32). A step never
+waits for the device: its losses and the length of its gradient stay there until `read`.
 """
 
-import csv
-import io
+import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,18 +13,34 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.core.config import DistillConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
-from pipeline.models.blocks import smooth_filters
 from pipeline.models.student import Student
+from pipeline.training.augment import ColorJitter, Mixup, fixed_stem
 from pipeline.training.batches import Batch
+from pipeline.training.compiling import compiled
 from pipeline.training.distributed import Ranks
 from pipeline.training.losses import loss_terms
 
-VERSION = 1  # raise it when a change here changes the trained weights
+VERSION = 2  # raise it when a change here changes the trained weights
+
+
+class Network(nn.Module):
+    """From bytes to what the loss sees, as one graph: no float picture is ever stored on a GPU."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, pixels: Tensor, *changes: ColorJitter | Mixup) -> Tensor:
+        """(b, S, S, 3) uint8 -> (T or 1, b, E)."""
+        x = self.student.normalise(pixels.permute(0, 3, 1, 2))
+        for change in changes:
+            x = change.images(x)
+        return self.student.embeddings_for_loss(x)
 
 
 class Trainer:
@@ -40,117 +56,182 @@ class Trainer:
         self.student = student.to(ranks.device).train()
         if config.fixed_stem_frequencies:
             stem = student.conv1.weight.requires_grad_(False)  # (W, 3, p, p)
-            stem.copy_(
-                smooth_filters(
-                    len(stem), stem.shape[-1], config.fixed_stem_frequencies, config.seed
-                )
-            )
+            shape = len(stem), stem.shape[-1]
+            stem.copy_(fixed_stem(*shape, config.fixed_stem_frequencies, config.seed))
         if config.mixup and config.batch // ranks.size % 2:
             raise PipelineError(
                 f"distill.mixup pairs images, and {config.batch // ranks.size} a rank is odd. "
                 "Choose another distill.batch."
             )
+        self.network = ranks.summing_gradients(Network(student))
+        self.fast = compiled(self.network, ranks.device)  # for a complete part of a batch
         self.mean = torch.from_numpy(mean).to(ranks.device)  # (E,)
         self.average = {k: v.detach().clone() for k, v in self._named()} if config.ema else None
+        self.optimizer = self._optimizer()
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=2)
+        self.step, self.undecodable, self.skipped = 0, 0, 0
+        self.log: list[dict] = []
+        self.best = Best()
+        self._unread: list[tuple[Tensor, dict]] = []
+        self._names: list[str] = []
+        self._lost = 0  # of this rank, since the last `read`
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         decayed = [p for _, p in self._named() if p.ndim > 1]
         others = [p for _, p in self._named() if p.ndim <= 1]  # norms, biases, scale
-        self.optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": decayed, "weight_decay": self.config.weight_decay},
                 {"params": others, "weight_decay": 0.0},
             ],
-            lr=config.learning_rate,
+            lr=self.config.learning_rate,
             betas=(0.9, 0.98),  # CLIP's, as for the teacher (Radford et al. 2021)
             fused=True,
         )
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=2)
-        self.step, self.lost = 0, 0
-        self.log: list[dict] = []
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One step on this rank's share of a batch; returns the terms of the loss.
+    def train_step(self, batch: Batch) -> None:
+        """One step on this rank's part of a batch; `read` says how it went.
 
-        Raises PipelineError on a loss that is not finite, before the weights change.
+        A loss or a gradient that is not finite leaves weights and optimiser as they are. Raises
+        PipelineError where nothing decodes, and where the device's memory is too small.
         """
-        ranks, config = self.ranks, self.config
         self._set_learning_rate()
-        pixels = self._noisy(self.normalised(batch.pixels), batch.places)
-        targets = torch.from_numpy(batch.targets).to(ranks.device)
-        if config.mixup:
-            pixels, targets = self._mixed(pixels, targets, batch.places)
-        with torch.autocast(
-            ranks.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        ):
-            # a rank none of whose rows decodes takes part in the sums all the same
-            shown = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
-            own = self.student.embeddings_for_loss(shown)[:, : len(pixels)]  # (T, b, E)
-        student = ranks.gather(own.transpose(0, 1)).transpose(0, 1)  # (T, B, E)
-        target = ranks.gather(targets)
-        texts = ranks.gather(torch.from_numpy(batch.texts).to(ranks.device))
+        try:
+            terms = self._terms(batch)
+            loss = sum(getattr(self.config.loss, name) * term for name, term in terms.items())
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ranks.sized(loss).backward()
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._too_large(len(batch.pixels)) from None
+        parameters = self.student.parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        # the fused optimiser reads this on the device, and then does nothing
+        self.optimizer.found_inf = (~(norm + loss.detach()).isfinite()).float()
+        self.optimizer.step()
+        self._update_average()
+        self._names = ["loss", *terms, "gradient_norm"]
+        values = torch.stack([loss.detach(), *(term.detach() for term in terms.values()), norm])
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._unread.append((values, {"step": self.step + 1, "learning_rate": rate}))
+        self._lost += len(batch.undecodable)
+        self.step += 1
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss, of the batch of all ranks."""
+        config, device = self.config, self.ranks.device
+        pixels, targets = (torch.as_tensor(x).to(device) for x in (batch.pixels, batch.targets))
+        where = config.seed, self.step, config.batch, batch.position, device
+        mixup = Mixup.drawn(config.mixup, *where) if config.mixup else None
+        jitter = ColorJitter.drawn(config.color_jitter, *where) if config.color_jitter else None
+        own = self._embedded(pixels, [change for change in (jitter, mixup) if change])
+        student = self.ranks.gather(own.transpose(0, 1)).transpose(0, 1)  # (T, B, E)
+        target = self.ranks.gather(mixup.embeddings(targets) if mixup else targets)
         if not len(target):
             raise PipelineError(
                 f"none of the {config.batch} images of step {self.step} decodes: data/images is "
                 "damaged. Delete it and run `pipeline download`."
             )
-        terms = loss_terms(config.loss, config.relational_scale, student, target, texts, self.mean)
-        loss = sum(getattr(config.loss, name) * term for name, term in terms.items())
-        values = {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
-        if not math.isfinite(values["loss"]):
-            raise PipelineError(
-                f"the loss is {values['loss']} at step {self.step} (terms: {values}). Lower "
-                "distill.learning_rate, lengthen distill.warmup, or set distill.precision: "
-                f"float32. The checkpoint before this step is kept."
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.sum_gradients(self.student.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self._update_average()
-        self.step += 1
-        self.lost += ranks.total(len(batch.lost))
-        rate = self.optimizer.param_groups[0]["lr"]
-        return values | {"gradient_norm": float(norm), "learning_rate": rate}
+        texts = None
+        if config.loss.caption:
+            texts = torch.as_tensor(batch.texts).to(device)
+            texts = self.ranks.gather(mixup.embeddings(texts) if mixup else texts)
+        return loss_terms(config.loss, config.relational_scale, student, target, texts, self.mean)
 
-    def normalised(self, pixels: np.ndarray) -> Tensor:
-        """(b, S, S, 3) uint8 -> (b, 3, S, S) float32: bytes cross to the device, floats do not."""
-        tensor = torch.from_numpy(pixels)
-        if self.ranks.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.ranks.device, non_blocking=True)
-        return self.student.normalise(tensor.permute(0, 3, 1, 2))
+    def _embedded(self, pixels: Tensor, changes: list) -> Tensor:
+        """(b, S, S, 3) uint8 -> (T, b, E). With no row a rank takes part in the sums all the same."""
+        with self._autocast():
+            if not len(pixels):
+                return self.network(pixels.new_zeros(1, *pixels.shape[1:]))[:, :0]
+            complete = len(pixels) == self.config.batch // self.ranks.size
+            return (self.fast if complete else self.network)(pixels, *changes)
+
+    def _autocast(self) -> torch.autocast:
+        lowered = self.config.precision == "bfloat16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=lowered)
+
+    def read(self) -> list[dict]:
+        """What the steps since the last call did: step, loss, its terms, gradient_norm,
+        learning_rate, and skipped (1 for a step that changed nothing).
+
+        Raises PipelineError once more steps were skipped than distill.max_skipped_steps.
+        """
+        if not self._unread:
+            return []
+        table = torch.stack([values for values, _ in self._unread]).tolist()
+        rows = [
+            facts | dict(zip(self._names, values, strict=True))
+            for values, (_, facts) in zip(table, self._unread, strict=True)
+        ]
+        self._unread = []
+        for row in rows:
+            row["skipped"] = int(not math.isfinite(row["loss"] + row["gradient_norm"]))
+        self.undecodable += self.ranks.total(self._lost)
+        self._lost = 0
+        bad = [row for row in rows if row["skipped"]]
+        self.skipped += len(bad)
+        if self.skipped > self.config.max_skipped_steps:
+            raise PipelineError(
+                f"at step {bad[-1]['step'] - 1} the loss is {bad[-1]['loss']} and the gradient's "
+                f"norm {bad[-1]['gradient_norm']}; {self.skipped} such steps were skipped, "
+                f"distill.max_skipped_steps is {self.config.max_skipped_steps}. Lower "
+                "distill.learning_rate, lengthen distill.warmup, or set distill.precision: "
+                "float32. The weights before this step are as they were."
+            )
+        return rows
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Cosine to the targets of a split beside its floor, the mean training target."""
-        student, targets = self.averaged_student(), []
+        """Cosine to the targets of a split beside its floor, the mean training target.
+
+        Keeps the student as the best one where none before came closer.
+        """
+        student, targets, vectors = self.averaged_student(), [], []
         with torch.inference_mode():
-            found = []
             for batch in batches:
                 if len(batch.ids):
-                    found.append(student(self.normalised(batch.pixels))[0].float().cpu())
+                    pixels = torch.as_tensor(batch.pixels).to(self.ranks.device)
+                    pixels = student.normalise(pixels.permute(0, 3, 1, 2))
+                    vectors.append(student(pixels)[0].float().cpu())
                     targets.append(torch.from_numpy(batch.targets))
         target = torch.cat(targets)
-        floor = F.cosine_similarity(self.mean.cpu()[None], target).mean()
-        cosine = F.cosine_similarity(torch.cat(found), target).mean()
+        floor = float(F.cosine_similarity(self.mean.cpu()[None], target).mean())
+        cosine = float(F.cosine_similarity(torch.cat(vectors), target).mean())
         if self.config.schedule == "plateau":
-            self.plateau.step(1 - float(cosine))
-        return {"val_cosine": float(cosine), "val_floor": float(floor)}
+            self.plateau.step(1 - cosine)
+        self.best.see(self.step, cosine, student)
+        return {"val_cosine": cosine, "val_floor": floor}
+
+    @property
+    def ended(self) -> bool:
+        """After the last step, or once early_stopping validations brought nothing better."""
+        patience = self.config.early_stopping
+        return self.step >= self.config.steps or bool(patience and self.best.since >= patience)
 
     def averaged_student(self) -> Student:
         """The student with its averaged weights, where distill.ema asks for them; to evaluate."""
+        return self._with(self.student.state_dict() | (self.average or {}))
+
+    def best_student(self) -> Student:
+        """The student of the best validation."""
+        return self._with(self.best.weights)
+
+    def _with(self, weights: dict[str, Tensor]) -> Student:
         student = Student(self.student.config, self.student.preprocessing).to(self.ranks.device)
-        student.load_state_dict(self.student.state_dict() | (self.average or {}))
+        student.load_state_dict(weights)
         return student.eval()
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint: all that a resume needs, under its final name only when whole."""
+        """Write the checkpoint: all that a resume needs, under its final name only when complete."""
         state = {
             "step": self.step,
-            "lost": self.lost,
+            "undecodable": self.undecodable,
+            "skipped": self.skipped,
             "log": self.log,
             "student": self.student.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
+            "best": vars(self.best),
         }
         write_file(path, lambda partial: torch.save(state, partial))
 
@@ -161,13 +242,14 @@ class Trainer:
             self.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.plateau.load_state_dict(state["plateau"])
+            self.best = Best(**state["best"])
         except Exception as error:  # zip, pickle and key errors alike: the file is not ours or torn
             raise PipelineError(
                 f"{path} cannot be resumed from ({type(error).__name__}). Delete it and run "
                 "`pipeline distill` to start from step 0."
             ) from None
-        self.step, self.lost, self.log = state["step"], state["lost"], state["log"]
-        self.average = state["average"]
+        self.step, self.undecodable, self.log = state["step"], state["undecodable"], state["log"]
+        self.average, self.skipped = state["average"], state["skipped"]
 
     def _named(self):
         return self.student.named_parameters()
@@ -187,47 +269,51 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _noisy(self, pixels: Tensor, places: np.ndarray) -> Tensor:
-        """Brightness and contrast noise for the student: a function of seed, step and place."""
-        amount = self.config.color_jitter
-        if not amount:
-            return pixels
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        drawn = torch.rand(self.config.batch, 2, generator=generator)[places]  # (b, 2)
-        drawn = (2 * drawn - 1).to(pixels.device) * amount
-        contrast, brightness = drawn[:, :1, None, None] + 1, drawn[:, 1:, None, None]
-        return pixels * contrast + brightness
-
-    def _mixed(self, pixels: Tensor, targets: Tensor, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Rows overlaid with their neighbours of the step, and so their targets: mixup (Zhang et
-        al. 2018), whose shares, Beta(mixup, mixup), are a function of seed, step and place.
-
-        A row keeps the larger share of itself; one whose neighbour did not decode stays as it is.
-        """
-        config, neighbours = self.config, places ^ 1
-        drawn = np.random.default_rng([config.seed, self.step]).beta(
-            *2 * [config.mixup], config.batch
-        )
-        own = np.maximum(drawn, 1 - drawn)[places].astype(np.float32)
-        at = np.searchsorted(places, neighbours).clip(max=len(places) - 1)
-        at = torch.from_numpy(np.where(places[at] == neighbours, at, np.arange(len(places))))
-        at, own = at.to(pixels.device), torch.from_numpy(own).to(pixels.device)[:, None]
-        mixed = torch.lerp(pixels[at], pixels, own[..., None, None])
-        return mixed, F.normalize(torch.lerp(targets[at], targets, own), dim=1)
-
     @torch.no_grad()
     def _update_average(self) -> None:
         if self.average is not None:
             decay = min(self.config.ema, (self.step + 1) / (self.step + 10))  # soon near the start
-            for name, parameter in self._named():
-                self.average[name].lerp_(parameter, 1 - decay)
+            now = [parameter.detach() for _, parameter in self._named()]
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
+
+    def _too_large(self, rows: int) -> PipelineError:
+        """What to say when a part of a batch does not fit: its half, quarter, ... are tried."""
+        states = [] if self.optimizer.state else [torch.empty_like(p) for _, p in self._named()] * 2
+        while rows > 1 and not self._fits(rows := rows // 2):
+            pass
+        del states
+        return PipelineError(
+            f"distill.batch {self.config.batch} does not fit into the memory of "
+            f"{self.ranks.device}; {rows * self.ranks.size} does. Lower it (that is another run), "
+            "or use more GPUs."
+        )
+
+    def _fits(self, rows: int) -> bool:
+        """Whether a forward and backward pass of so many rows does."""
+        size = self.student.config.image_size
+        try:
+            pixels = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=self.mean.device)
+            with self._autocast():
+                loss = Network(self.student)(pixels).float().square().sum()
+            loss.backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
 
-def write_log(path: Path, log: list[dict]) -> None:
-    """The training log as CSV: a row per logged step, every column in every row."""
-    columns = list(dict.fromkeys(key for row in log for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(log)
-    path.write_text(text.getvalue())
+class Best:
+    """The weights of the best validation so far."""
+
+    def __init__(
+        self, step: int = 0, cosine: float = -math.inf, since: int = 0, weights: dict | None = None
+    ):
+        self.step, self.cosine, self.since, self.weights = step, cosine, since, weights
+
+    def see(self, step: int, cosine: float, student: Student) -> None:
+        """since counts the validations that brought nothing better."""
+        self.since += 1
+        if cosine > self.cosine:
+            self.step, self.cosine, self.since = step, cosine, 0
+            self.weights = copy.deepcopy(student.state_dict())

@@ -1,0 +1,210 @@
+"""The kept rows of a split, as addresses in the Parquet shards, and the way to read one.
+
+Memory: 12 bytes a row, and the row groups that are in use.
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.records import RowAddress, Sample
+from pipeline.data import database
+from pipeline.data.pixels import NotAnImage, decode
+from pipeline.data.shards import embedding_matrix, open_shard
+from pipeline.data.views import view_pixels
+
+BOX = ["left", "top", "right", "bottom"]
+
+
+class _Group(NamedTuple):
+    """One row group of images beside one view's row group of the teacher."""
+
+    image_ids: pa.ChunkedArray
+    jpgs: pa.ChunkedArray
+    index: dict[str, int]  # image_id -> row of the following
+    boxes: list[tuple[float, float, float, float]]
+    flips: list[bool]
+    embeddings: np.ndarray  # (n, E) float32, unit length
+    texts: dict[str, np.ndarray]  # image_id -> (captions, E) float32, unit length
+
+
+class Dataset:
+    """The kept rows of one split (or of all, for None), numbered in the order of the shards.
+
+    image_size (px) and interpolation are what the student sees. views: how many stored views take
+    turns, one an epoch for a whole row group, so that the others are not read. captions: read text
+    embeddings too. groups_in_use: row groups that are read from at about the same time.
+
+    May be shared by threads, and pickled. Raises PipelineError where the split keeps no image.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        split: str | None,
+        image_size: int,
+        interpolation: str,
+        *,
+        views: int = 1,
+        captions: bool = False,
+        groups_in_use: int = 16,
+    ):
+        self.data, self.views, self.captions = data, views, captions
+        self.image_size, self.interpolation = image_size, interpolation
+        self._cache_size = groups_in_use + 8  # some are about to be left
+        pattern = str(data.resolve() / "images/*.parquet")
+        kept = database.connect(data).execute(INDEX, [pattern, split]).fetchnumpy()
+        if not len(kept["row"]):
+            raise PipelineError(
+                f"data/selection keeps no image for {split}. Change select.where, val or test in "
+                "params.yaml and run `pipeline select`."
+            )
+        self.addresses = np.zeros((len(kept["row"]), 3), np.int32)  # the fields of RowAddress
+        self.addresses[:, 0] = kept["shard"]
+        for shard in np.unique(kept["shard"]):
+            mine = self.addresses[:, 0] == shard
+            starts = _group_starts(self._path("images", shard))
+            group = np.searchsorted(starts, kept["row"][mine], side="right") - 1
+            self.addresses[mine, 1] = group
+            self.addresses[mine, 2] = kept["row"][mine] - starts[group]
+        changes = np.any(np.diff(self.addresses[:, :2], axis=0), axis=1)
+        # numbers of the rows at which a row group starts, and the number of rows
+        self.edges = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(self.addresses)]])
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_groups")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._lock, self._groups = threading.Lock(), OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    def address(self, row: int) -> RowAddress:
+        return RowAddress(*map(int, self.addresses[row]))
+
+    def sample(self, row: int, epoch: int = 0, seed: int = 0) -> Sample:
+        """A row as an epoch shows it. Raises PipelineError where its view is not stored."""
+        shard, group, at = self.address(row)
+        view = (_mixed(seed, shard, group) + epoch) % self.views
+        found = self._group(shard, group, view)
+        image_id = found.image_ids[at].as_py()
+        if image_id not in found.index:
+            raise PipelineError(
+                f"image {image_id} has no embedding of view {view} in data/teacher. Run "
+                "`pipeline teacher-embed`."
+            )
+        i, texts = found.index[image_id], found.texts.get(image_id)
+        text = None if texts is None else texts[_caption(epoch, self.views, len(texts))]
+        return Sample(
+            image_id, found.jpgs[at].as_py(), found.boxes[i], found.flips[i], found.embeddings[i],
+            text,
+        )  # fmt: skip
+
+    def pixels(self, sample: Sample) -> np.ndarray | None:
+        """What the teacher saw, at the student's size: (S, S, 3) uint8; None if damaged."""
+        try:
+            image = decode(sample.jpg)
+        except NotAnImage:
+            return None
+        return view_pixels(image, sample.box, sample.flip, self.image_size, self.interpolation)
+
+    def _path(self, folder: str, shard: int) -> Path:
+        return self.data / folder / f"{shard:05}.parquet"
+
+    def _group(self, *key: int) -> _Group:
+        """The row group of a shard, group and view, from a small cache."""
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = self._read_group(*key)
+                if len(self._groups) > self._cache_size:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+    def _read_group(self, shard: int, group: int, view: int) -> _Group:
+        with open_shard(self._path("images", shard), "download") as file:
+            images = file.read_row_group(group, columns=["image_id", "jpg"], use_threads=False)
+            groups = file.num_row_groups
+        with open_shard(self._path("teacher/images", shard), "teacher-embed") as file:
+            if file.num_row_groups < groups * self.views:
+                raise PipelineError(
+                    f"data/teacher holds {file.num_row_groups // groups} views, distill.views asks "
+                    f"for {self.views}. Lower distill.views, or raise teacher_embed.views and run "
+                    "`pipeline teacher-embed` (imported embeddings have one view)."
+                )
+            columns = ["image_id", *BOX, "flip", "embedding"]
+            table = file.read_row_group(view * groups + group, columns=columns, use_threads=False)
+        boxes = np.stack([table[name].to_numpy() for name in BOX], axis=1)  # (n, 4) float32
+        ids = table["image_id"].to_pylist()
+        texts = _texts(self._path("teacher/texts", shard), ids) if self.captions else {}
+        return _Group(
+            images["image_id"],
+            images["jpg"],
+            {image_id: i for i, image_id in enumerate(ids)},
+            [tuple(map(float, box)) for box in boxes],
+            table["flip"].to_pylist(),
+            embedding_matrix(table["embedding"]),
+            texts,
+        )
+
+
+def _caption(epoch: int, views: int, captions: int) -> int:
+    """Which caption an epoch shows: the next one each time, moved on by one whenever its pairs with
+    the views, which take turns as well, would repeat. views * captions epochs show every pair.
+    """
+    return (epoch + epoch // math.lcm(views, captions)) % captions
+
+
+def _group_starts(path: Path) -> np.ndarray:
+    """Number of the first row of each row group."""
+    with open_shard(path, "download") as file:
+        metadata = file.metadata
+        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _mixed(*numbers: int) -> int:
+    """A well-spread integer from some small ones: which view a row group starts with."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _texts(path: Path, image_ids: list[str]) -> dict[str, np.ndarray]:
+    """image_id -> (captions, E) unit embeddings, from the row groups that may hold these images'."""
+    if not image_ids:
+        return {}
+    wanted, vectors = set(image_ids), {}
+    low, high = min(wanted), max(wanted)
+    with open_shard(path, "teacher-embed") as file:
+        column = file.schema_arrow.get_field_index("image_id")
+        for group in range(file.num_row_groups):
+            extent = file.metadata.row_group(group).column(column).statistics
+            if extent and extent.has_min_max and (extent.max < low or extent.min > high):
+                continue
+            table = file.read_row_group(group, columns=["image_id", "embedding"], use_threads=False)
+            rows = zip(
+                table["image_id"].to_pylist(), embedding_matrix(table["embedding"]), strict=True
+            )
+            for image_id, vector in rows:
+                if image_id in wanted:
+                    vectors.setdefault(image_id, []).append(vector)
+    return {image_id: np.stack(of_one) for image_id, of_one in vectors.items()}
+
+
+# Which rows a split keeps, in the shards' order.
+INDEX = """
+SELECT CAST(regexp_extract(filename, '(\\d+)[.]parquet$', 1) AS INTEGER) AS shard,
+       file_row_number AS row
+FROM read_parquet(?, filename = true, file_row_number = true) JOIN selection USING (image_id)
+WHERE status = 'ok' AND keep AND split = coalesce(?, split) ORDER BY shard, row
+"""
