@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,12 +190,12 @@ def cached_steps(args, folder: Path, jpgs, device) -> Iterator[Row]:
                     found, ready = trainer(sized, device), ready_batch(sized, device)
                     if not compiles:
                         found.fast = found.network
-                    rate = rate_of(lambda: taken(found, ready), batch, device)  # noqa: B023
+                    rate = rate_of(partial(taken, found, ready), batch, device)
                 finally:
                     Attention.forward = forward
                 how = f"{'compiled' if compiles else 'eager'}, attention {attention}"
                 yield f"step on a cached batch of {batch}, {how}", rate, of_peak(rate)
-                del found, ready
+                found = ready = None  # their memory
                 torch._dynamo.reset()
 
 
@@ -278,25 +279,23 @@ def end_to_end(args, folder: Path, jpgs, device) -> Iterator[Row]:
 
 def stage_one(args, folder: Path, jpgs, device) -> Iterator[Row]:
     card = full_size_card(folder)
+    paths = sorted((folder / "data/images").glob("*.parquet"))
+    yield from in_one_process(args, card, paths, device)
+    torch.cuda.empty_cache()
+    yield from in_parts(args, card, paths)
+
+
+def in_one_process(args, card: Path, paths: list[Path], device) -> Iterator[Row]:
     teacher = Teacher(card, device)
     ready = np.random.default_rng(0).integers(0, 256, (512, 224, 224, 3), np.uint8)
     teacher.use(torch.bfloat16, ready[:32], ["a photo"])
-    pixels = teacher.normalised(ready)
-
-    @torch.inference_mode()
-    def bare() -> None:
-        teacher.model.encode_image(pixels)
-
+    bare = torch.inference_mode()(partial(teacher.model.encode_image, teacher.normalised(ready)))
     yield "teacher ViT-B/32, bare forward pass", rate_of(bare, len(ready), device), "batch 512"
-    paths = sorted((folder / "data/images").glob("*.parquet"))
     embed(teacher, paths[0], 2)  # warms up
     began = time.perf_counter()
     count = sum(embed(teacher, path, args.workers) for path in paths)
     rate = count / (time.perf_counter() - began)
     yield f"teacher_embed's shards, one process, {args.workers} threads", rate, ""
-    del teacher, pixels
-    torch.cuda.empty_cache()
-    yield from in_parts(args, card, paths)
 
 
 def in_parts(args, card: Path, paths: list[Path]) -> Iterator[Row]:
@@ -305,7 +304,7 @@ def in_parts(args, card: Path, paths: list[Path]) -> Iterator[Row]:
     start, done = context.Barrier(len(paths) + 1), context.Queue()
     threads = max(1, args.workers // len(paths))
     children = [
-        context.Process(target=part, args=(card, path, args.device, threads, start, done))
+        context.Process(target=one_part, args=(card, path, args.device, threads, start, done))
         for path in paths
     ]
     for child in children:
@@ -319,7 +318,7 @@ def in_parts(args, card: Path, paths: list[Path]) -> Iterator[Row]:
     yield f"teacher_embed's shards, {len(paths)} processes on the GPU", count / seconds, ""
 
 
-def part(card: Path, path: Path, device: str, threads: int, start, done) -> None:
+def one_part(card: Path, path: Path, device: str, threads: int, start, done) -> None:
     teacher = Teacher(card, torch.device(device))
     ready = np.zeros((32, 224, 224, 3), np.uint8)
     teacher.use(torch.bfloat16, ready, ["a photo"])

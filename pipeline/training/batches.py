@@ -10,6 +10,7 @@ Threads start at once and suit a CPU, whose steps take longer than Python holds 
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -141,11 +142,12 @@ class Loader:
         """In order. In pinned memory the pixels of a batch are valid until the next but one."""
         wanted = ((step, part) for step in steps for part in range(self.parts))
         filled = self._by_processes(wanted) if self.processes else self._by_threads(wanted)
-        while parts := list(islice(filled, self.parts)):
-            for part in parts:
-                if isinstance(part, PipelineError):
-                    raise part
-            yield self._batch(parts)
+        with closing(filled):  # ends the workers
+            while parts := list(islice(filled, self.parts)):
+                for part in parts:
+                    if isinstance(part, PipelineError):
+                        raise part
+                yield self._batch(parts)
 
     def _by_threads(self, wanted: Iterator[tuple[int, int]]) -> Iterator:
         return ahead(self.filler.__getitem__, wanted, self.workers, AHEAD * self.parts)
