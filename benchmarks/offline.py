@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,14 @@ from worlds import full_size_card, photos, write_data
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
 from pipeline.core.provenance import teacher_summary
+from pipeline.core.records import Sample
 from pipeline.data.embeddings import training_mean
 from pipeline.data.views import random_view
 from pipeline.models.teacher import Teacher
-from pipeline.training.batches import Epochs, Rows, training_batches
+from pipeline.training.batches import Batch, training_batches
+from pipeline.training.dataset import Dataset
 from pipeline.training.distributed import Ranks
+from pipeline.training.sampler import Sampler
 from pipeline.training.trainer import Trainer
 from stages.select import select
 from stages.teacher_embed import teacher_embed
@@ -63,18 +67,18 @@ def main() -> None:
         {"quality": print_quality, "price": print_prices}[args.what](args, Path(scratch) / "data")
 
 
-class FreshViews(Rows):
+class FreshViews(Dataset):
     """Another crop of every image in every epoch, drawn as the stored views are; no target fits it."""
 
     def __init__(self, *args, crops: dict, **options):
         super().__init__(*args, **options)
         self.crops = crops
 
-    def read(self, row: int, epoch: int, seed: int) -> dict:
-        found = super().read(row, epoch, seed)
-        _, _, width, height = found["box"]  # of the whole image: the demo's are square
-        drawn = random_view(found["image_id"], epoch + 1, int(width), int(height), **self.crops)
-        return found | {"box": drawn.box, "flip": drawn.flip}
+    def sample(self, row: int, epoch: int = 0, seed: int = 0) -> Sample:
+        found = super().sample(row, epoch, seed)
+        _, _, width, height = found.box  # of the whole image: the demo's are square
+        drawn = random_view(found.image_id, epoch + 1, int(width), int(height), **self.crops)
+        return found._replace(box=drawn.box, flip=drawn.flip)
 
 
 def print_quality(args, data: Path) -> None:
@@ -95,7 +99,7 @@ def print_quality(args, data: Path) -> None:
     print(f"| targets | {' | '.join(COLUMNS)} | teacher: s | targets on disk |")
     print("| --- " * (len(COLUMNS) + 3) + "|")
 
-    def line(name: str, rows: Callable[[], Rows], targets=None, seconds: float = 0, **changes):
+    def line(name: str, rows: Callable[[], Dataset], targets=None, seconds: float = 0, **changes):
         config, found = base.model_copy(update=changes), []
         for seed in range(args.seeds):
             trained = train(config.model_copy(update={"seed": seed}), data, rows(), targets)
@@ -106,8 +110,8 @@ def print_quality(args, data: Path) -> None:
         cells = " | ".join(f"{mean:.3f}" for mean in means)
         print(f"| {name} | {cells} | {seconds:.0f} | {disk} |", flush=True)
 
-    def rows(**options) -> Rows:
-        return Rows(
+    def rows(**options) -> Dataset:
+        return Dataset(
             data, "train", base.student.image_size, teacher.preprocessing.interpolation, **options
         )
 
@@ -129,14 +133,14 @@ def print_quality(args, data: Path) -> None:
     line("online, new crops every step", lambda: fresh, teacher.embed_images)
 
 
-def train(config: DistillConfig, data: Path, rows: Rows, targets: Callable | None) -> Student:
+def train(config: DistillConfig, data: Path, dataset: Dataset, targets: Callable | None) -> Student:
     """A student after config.steps; targets: from a batch's pixels, or None for the stored ones."""
     torch.manual_seed(config.seed)
     how = teacher_summary(data).preprocessing
     student = Student(config.student, how)
     trainer = Trainer(config, student, training_mean(data), Ranks(CPU))
-    epochs = Epochs(rows, config.seed, config.batch, config.shuffle_row_groups)
-    steps(trainer, epochs, config.steps, targets)
+    order = Sampler(dataset, config.seed, config.batch, config.shuffle_row_groups)
+    steps(trainer, dataset, order, config.steps, targets)
     return trainer.averaged_student()
 
 
@@ -157,15 +161,16 @@ def print_prices(args, data: Path) -> None:
         teacher = Teacher(card, CPU)
         ready = np.random.default_rng(0).integers(0, 256, (args.batch, 224, 224, 3), np.uint8)
         teacher.use(getattr(torch, precision), ready[:8], ["a photo"])
-        rows = Rows(data, "train", PUBLISHED.image_size, "bicubic")
-        epochs = Epochs(rows, 0, args.batch, config.shuffle_row_groups)
+        dataset = Dataset(data, "train", PUBLISHED.image_size, "bicubic")
+        order = Sampler(dataset, 0, args.batch, config.shuffle_row_groups)
         chosen = config.model_copy(update={"precision": precision})
         trainer = Trainer(chosen, Student(PUBLISHED), training_mean(data), Ranks(CPU))
-        batch = next(training_batches(epochs, 0, 1, workers=2))
+        batch = next(training_batches(dataset, order, 0, 1, workers=2))
+        run = partial(steps, trainer, dataset, order, args.steps)
         ways = {
-            "offline": lambda: steps(trainer, epochs, args.steps, None),  # noqa: B023
-            "online": lambda: steps(trainer, epochs, args.steps, teacher.embed_images),  # noqa: B023
-            "student": lambda: [trainer.train_step(batch) for _ in range(args.steps)],  # noqa: B023
+            "offline": partial(run, None),
+            "online": partial(run, teacher.embed_images),
+            "student": lambda: [step(trainer, batch) for _ in range(args.steps)],  # noqa: B023
             "teacher": lambda: [teacher.embed_images(ready) for _ in range(args.steps)],  # noqa: B023
         }
         seconds = {name: [] for name in ways}
@@ -190,12 +195,19 @@ def print_prices(args, data: Path) -> None:
         )
 
 
-def steps(trainer: Trainer, epochs: Epochs, count: int, targets: Callable | None) -> None:
+def steps(
+    trainer: Trainer, dataset: Dataset, order: Sampler, count: int, targets: Callable | None
+) -> None:
     """Where targets is given, the published way: the teacher embeds what the student will see."""
     min_crop_area = trainer.config.min_crop_area
-    for batch in training_batches(epochs, 0, count, workers=2, min_crop_area=min_crop_area):
+    for batch in training_batches(dataset, order, 0, count, workers=2, min_crop_area=min_crop_area):
         seen = replace(batch, targets=targets(batch.pixels)) if targets else batch
-        trainer.train_step(seen)
+        step(trainer, seen)
+
+
+def step(trainer: Trainer, batch: Batch) -> None:
+    trainer.train_step(batch)
+    trainer.read()
 
 
 if __name__ == "__main__":

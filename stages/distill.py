@@ -217,7 +217,7 @@ def _publish(
 ) -> None:
     made = {"stage": STAGE, "stamp": work.stamp, "recipe": work.recipe.model_dump()}
     made |= {"libraries": libraries("torch", "numpy", "pyarrow", "duckdb", "simplejpeg")}
-    best, last = trainer.best, trainer.log[-1]
+    best, last, of = trainer.best, trainer.log[-1], teacher.model_dump(mode="json")
     students_of = {
         work.folder: (trainer.best_student(), "best", best.step, best.cosine),
         work.folder / LAST: (trainer.averaged_student(), "last", trainer.step, last["val_cosine"]),
@@ -227,7 +227,7 @@ def _publish(
         student.save(
             folder,
             provenance=made | {"checkpoint": checkpoint},
-            teacher=teacher.model_dump(mode="json"),
+            teacher=of,
         )
     work.commit(LOG, lambda partial: write_log(partial, trainer.log))
     metrics = {"steps": trainer.step, "undecodable_rows": trainer.undecodable}

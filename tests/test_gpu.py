@@ -19,6 +19,7 @@ from finished import distill_config, evaluate_config
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import Work
+from pipeline.core.records import Recipe
 from pipeline.data import shards
 from pipeline.data.embeddings import split_vectors
 from pipeline.models.blocks import Attention, neighbourhood_mask
@@ -37,7 +38,7 @@ ON_GPU = torch.device("cuda", 0)
 
 def write_images(data: Path, count: int = 96) -> None:
     """data/images of drawn pictures with captions, in two shards, under a stamp of its own."""
-    work = Work(data, "download", data / "images", {"test": count})
+    work = Work(data, "download", data / "images", Recipe(parameters={"test": count}))
     work.begin()
     for shard in range(2):
         rows = []
