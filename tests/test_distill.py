@@ -1,15 +1,21 @@
 """Stage two refuses what does not belong together, before it trains a step."""
 
+import copy
+import json
 import shutil
 from pathlib import Path
 
 import finished
 import pytest
+import torch
 import worlds
 from finished import finished_world  # noqa: F401  (a fixture)
 
+from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
-from pipeline.training.trainer import Trainer
+from pipeline.models.student import Student
+from pipeline.training.trainer import Best, Trainer
+from pipeline.training.warm_start import warm_student
 from stages.distill import distill
 from stages.evaluate import evaluate
 
@@ -118,3 +124,83 @@ def test_resume_with_other_data_is_refused_and_names_it(interrupted, small_world
 def test_resume_without_a_run_to_resume_is_refused(data):
     with pytest.raises(PipelineError, match="no run to resume"):
         train(data, resume=True)
+
+
+def test_the_best_student_by_validation_is_published_and_the_last_beside_it(data, monkeypatch):
+    """Each validation sees other weights, of which those of step 4 are forged to be the best."""
+    see, weights = Best.see, {}
+
+    def forged(best, step, cosine, student):
+        weights[step] = copy.deepcopy(student.state_dict())
+        see(best, step, {2: 0.2, 4: 0.9, 6: 0.4}[step], student)
+
+    monkeypatch.setattr(Best, "see", forged)
+    metrics = train(data, steps=6)
+    assert metrics["best_step"] == 4 and metrics["steps"] == 6
+    assert metrics["best_val_cosine"] == 0.9 != metrics["val_cosine"]
+    for folder, step, which in ((data / "student", 4, "best"), (data / "student/last", 6, "last")):
+        found = Student.load(folder).state_dict()
+        assert all(torch.equal(x, found[name]) for name, x in weights[step].items())
+        card = json.loads((folder / "config.json").read_text())
+        assert card["provenance"]["checkpoint"]["which"] == which
+        assert card["provenance"]["checkpoint"]["step"] == step
+
+
+def test_training_ends_early_once_validation_gets_no_better_and_stays_ended(data, monkeypatch):
+    """A learning rate so small that nothing is learned: no validation after the first is better."""
+    still = {"learning_rate": 1e-30, "weight_decay": 0.0, "steps": 40}
+    metrics = train(data, early_stopping=2, **still)
+    assert metrics["steps"] == 6 and metrics["best_step"] == 2
+    assert train(data, early_stopping=0, **still | {"steps": 8})["steps"] == 8
+
+
+def test_a_student_starts_from_another_one(data, finished_world):  # noqa: F811
+    """With no step worth the name, it stays that one; the configuration's mask and norm hold."""
+    still = {"learning_rate": 1e-30, "weight_decay": 0.0, "steps": 2}
+    start = str(finished_world / "student")
+    train(data, init=start, **still)
+    first, found = Student.load(start), Student.load(data / "student")
+    for name, x in first.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], x, atol=1e-6), name
+
+
+def test_a_start_is_adapted_to_another_image_size_mask_and_norm(finished_world):  # noqa: F811
+    start = Student.load(finished_world / "student")
+    shape = start.config.model_dump()
+    asked = {"image_size": 48, "neighbourhood_mask": False, "same_norm": False}
+    config = StudentConfig(**shape | asked)
+    found = warm_student(finished_world / "student", config, start.preprocessing)
+    assert found.config == config and found.attention_bias is None
+    resized = start.resized(48).state_dict()
+    for name, x in found.state_dict().items():
+        assert torch.equal(x, resized[name]), name
+    back = warm_student(finished_world / "student", start.config, start.preprocessing)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back.eval()(pixels)[0], start(pixels)[0])
+
+
+def test_a_start_of_another_shape_is_refused_with_the_reason(data, finished_world):  # noqa: F811
+    start = str(finished_world / "student")
+    for changes, reason in (
+        ({"layers": 2}, "has layers 1 instead of 2"),
+        ({"heads": 8}, "has heads 4 instead of 8"),
+        ({"patch_size": 16}, "has patch_size 8 instead of 16"),
+    ):
+        with pytest.raises(PipelineError, match=reason):
+            train(data, init=start, student=finished.STUDENT | changes)
+    other = StudentConfig(**finished.STUDENT | {"embedding_size": 64})
+    with pytest.raises(PipelineError, match="embedding_size 32 instead of 64"):
+        warm_student(finished_world / "student", other, Student.load(start).preprocessing)
+
+
+def test_a_start_that_is_no_student_or_holds_nan_is_refused(data, finished_world, tmp_path):  # noqa: F811
+    with pytest.raises(PipelineError, match=r"distill\.init: .*cannot be read"):
+        train(data, init=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="fixed_stem_frequencies replaces"):
+        finished.distill_config(init="student", fixed_stem_frequencies=4)
+    broken = Student.load(finished_world / "student")
+    with torch.no_grad():
+        broken.ln_pre.weight[3] = torch.nan
+    broken.save(tmp_path / "broken", provenance={})
+    with pytest.raises(PipelineError, match=r"weights that are not finite \(ln_pre\.weight\)"):
+        train(data, init=str(tmp_path / "broken"))
