@@ -32,6 +32,7 @@ from pipeline.data.embeddings import split_vectors, training_mean
 from pipeline.data.runs import append_run
 from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
+from pipeline.evaluation.box_search import box_search_figures
 from pipeline.evaluation.grounding import pointing_figures
 from pipeline.evaluation.retrieval import (
     DEPTHS,
@@ -155,6 +156,7 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
         "fidelity": metrics.fidelity(found, teacher, training_mean(data)),
         "student_to_teacher": image_retrieval(found, teacher),
         "text_to_image": text_retrieval(data, ids, found, teacher),
+        "box_search": box_search_figures(data, work.folder / "index"),
         "pointing": pointing_figures(data, config.split, student, config.batch, workers),
         "zero_shot": zero_shot_figures(data, ids, found, teacher, templates),
     }

@@ -5,6 +5,7 @@ GROUPS = (
     "fidelity",
     "student_to_teacher",
     "text_to_image",
+    "box_search",
     "pointing",
     "zero_shot",
 )

@@ -1,0 +1,112 @@
+"""Does a search for a thing find images that hold it? Measured where boxes name what images hold.
+
+t texts, n images of a block, k best ones, E embedding size. The collection is that of `pipeline
+search`: every indexed image, training images too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data import database
+from pipeline.data.embeddings import text_vectors, unit_rows
+from pipeline.evaluation.metrics import mean_interval
+
+DEPTH = 8  # images that a search shows
+MOST_TEXTS = 1000  # the most frequent texts of boxes
+
+
+class Block(NamedTuple):
+    """Some images of the collection."""
+
+    student: np.ndarray  # (n, E) unit vectors
+    teacher: np.ndarray  # (n, E)
+    right: np.ndarray  # (t, n) bool: the image has a box of the text
+
+
+def box_search_figures(data: Path, index: Path) -> dict[str, dict]:
+    """precision@8 over the texts of boxes, and that of the worst text; {} where no text has 8 images.
+
+    Beside each the share of images that hold the thing (floor) and the teacher's own precision
+    (ceiling). index: folder of the student's vectors. Memory is that of a block of images.
+    """
+    stored, _, _ = text_vectors(data, "image_id IS NULL", [])
+    connection = database.connect(data)
+    frequent = connection.execute(FREQUENT, [stored, DEPTH, MOST_TEXTS]).fetchall()
+    if not frequent:
+        return {}
+    texts = sorted(text for text, _ in frequent)
+    names, _, vectors = text_vectors(data, "image_id IS NULL AND list_contains(?, text)", [texts])
+    queries = vectors[[names.index(text) for text in texts]]  # (t, E)
+    images, right = 0, np.zeros(len(texts))
+    by_student, by_teacher = Best(len(texts), DEPTH), Best(len(texts), DEPTH)
+    for block in _blocks(connection, index, texts):
+        by_student.add(queries @ block.student.T, block.right)
+        by_teacher.add(queries @ block.teacher.T, block.right)
+        images, right = images + block.right.shape[1], right + block.right.sum(axis=1)
+    student, teacher = by_student.precision(), by_teacher.precision()
+    worst = int(student.argmin())
+    floor = float((right / images).mean())
+    return {
+        "texts": len(texts),
+        f"precision@{DEPTH}": mean_interval(student)
+        | {"floor": floor, "ceiling": float(teacher.mean())},
+        f"worst_precision@{DEPTH}": {
+            "value": float(student[worst]),
+            "low": float(student[worst]),  # one search: there is nothing to draw again
+            "high": float(student[worst]),
+            "floor": float(right[worst] / images),
+            "ceiling": float(teacher.min()),
+        },
+        "worst_text": texts[worst],
+        "worst_text_of_the_teacher": texts[int(teacher.argmin())],
+    }
+
+
+class Best:
+    """The k best images of each of t texts, of all blocks so far, and which of them are right."""
+
+    def __init__(self, texts: int, k: int):
+        self.scores = np.full((texts, k), -np.inf, np.float32)
+        self.right = np.zeros((texts, k), bool)
+
+    def add(self, scores: np.ndarray, right: np.ndarray) -> None:
+        """(t, n) scores and whether each image is right; earlier images win ties."""
+        scores = np.concatenate([self.scores, scores], axis=1)
+        right = np.concatenate([self.right, right], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self.scores.shape[1]]
+        self.scores = np.take_along_axis(scores, best, axis=1)
+        self.right = np.take_along_axis(right, best, axis=1)
+
+    def precision(self) -> np.ndarray:
+        """(t,) share of right images among the best."""
+        return self.right.mean(axis=1)
+
+
+def _blocks(connection, index: Path, texts: list[str]) -> Iterator[Block]:
+    number = {text: i for i, text in enumerate(texts)}
+    found = connection.sql(PAIRS, params=[str(index.resolve() / "*.parquet")])
+    for batch in found.to_arrow_reader(10_000):
+        right = np.zeros((len(texts), batch.num_rows), bool)
+        for image, named in enumerate(batch["texts"].to_pylist()):
+            right[[number[text] for text in named or () if text in number], image] = True
+        if batch.num_rows:
+            yield Block(unit_rows(batch["student"]), unit_rows(batch["teacher"]), right)
+
+
+# Texts that are stored and named by boxes of at least so many images, the most frequent first.
+FREQUENT = """
+SELECT text, count(DISTINCT image_id) AS images FROM (
+    SELECT image_id, unnest(boxes).text AS text FROM images JOIN selection USING (image_id)
+    WHERE status = 'ok' AND keep
+) WHERE list_contains(?::VARCHAR[], text)
+GROUP BY text HAVING images >= ? ORDER BY images DESC, text LIMIT ?
+"""
+PAIRS = """
+SELECT index.embedding AS student, teacher.embedding AS teacher,
+       list_transform(boxes, lambda b: b.text) AS texts
+FROM read_parquet(?) AS index JOIN teacher USING (image_id) JOIN images USING (image_id)
+WHERE view = 0 AND status = 'ok' ORDER BY image_id
+"""
