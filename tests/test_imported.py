@@ -286,7 +286,7 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
             "steps": 2, "batch": 8,
             "learning_rate": 0.001, "schedule": "cosine", "warmup": 1, "weight_decay": 0.0,
             "max_grad_norm": 1.0, "ema": 0.0, "precision": "float32", "validate_every": 2,
-            "shuffle_row_groups": 2,
+            "shuffle_row_groups": 2, "init": None, "max_skipped_steps": 0, "early_stopping": 0,
             "seed": 0,
         }
     )  # fmt: skip
