@@ -43,7 +43,7 @@ from pipeline.evaluation.retrieval import (
 from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
-from pipeline.models.student import Student
+from pipeline.models.student import Student, read_card
 from pipeline.training.batches import held_out_batches
 from pipeline.training.dataset import Dataset
 
@@ -149,6 +149,7 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
     found = np.stack([index[key] for key in ids])
     templates = work.recipe.parameters["templates"]
     figures = {
+        "checkpoint": read_card(data / "student").provenance.get("checkpoint", {}),
         "split": config.split,
         "images": len(ids),
         "undecodable": len(lost),

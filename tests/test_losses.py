@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stored
 import torch
 
 from pipeline.core.config import LossWeights
+from pipeline.models.student import Student
+from pipeline.training.batches import Batch
+from pipeline.training.distributed import Ranks, own_device
 from pipeline.training.losses import (
     CENTRED,
     contrastive_loss,
@@ -18,6 +22,7 @@ from pipeline.training.losses import (
     published_loss,
     relational_loss,
 )
+from pipeline.training.trainer import Trainer
 
 B, E = 12, 16
 
@@ -135,6 +140,47 @@ def test_rows_without_a_caption_take_no_part_in_the_caption_term(pair):
     assert nothing.item() == 0
 
 
+def test_images_that_share_a_caption_are_no_negatives_of_each_other(pair):
+    """Rows 2, 5 and 9 have one text: each is compared with itself and the other nine."""
+    student, target, mean = tensors(*pair)
+    texts = target.clone()
+    texts[[5, 9]] = texts[2] * torch.tensor([[2.0], [1 + 1e-6]])  # of another length or last bit
+    weights = LossWeights(l1=0.0, cosine=0.0, relational=0.0, caption=1.0)
+    found = loss_terms(weights, 2.0, student[None], target, texts, mean)["caption"].item()
+    a, b = unit(student.numpy().astype(float)), unit(texts.numpy().astype(float))
+    shared, wanted = {2, 5, 9}, []
+    for scores in (2 * a @ b.T, 2 * b @ a.T):
+        for i in range(B):
+            left = [j for j in range(B) if j == i or not {i, j} <= shared]
+            wanted.append(np.log(np.exp(scores[i, left]).sum()) - scores[i, i])
+    assert found == pytest.approx(np.mean(wanted), rel=1e-4)
+    assert found < clip_reference(student.numpy(), texts.numpy(), 2.0) - 0.01
+
+
+def test_captions_are_gathered_only_where_the_loss_has_use_for_them(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: gathered.append(own) or own)
+    for caption, count in ((0.0, 2), (0.1, 3)):
+        loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": caption}
+        config = stored.distill_config(loss=loss, batch=4)
+        mean = np.zeros(stored.SIZE, np.float32)
+        found = Trainer(config, Student(config.student), mean, Ranks(torch.device("cpu")))
+        vectors = np.ones((2, 4, stored.SIZE), np.float32)
+        pixels = np.zeros((4, 32, 32, 3), np.uint8)
+        gathered.clear()
+        found.train_step(Batch([""] * 4, pixels, *vectors, np.arange(4), []))
+        assert len(gathered) == count
+
+
+def test_a_rank_opens_its_own_gpu_and_no_other(monkeypatch):
+    opened = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: opened.append(device))
+    assert own_device("auto") == torch.device("cuda", 3)
+    assert opened == [torch.device("cuda", 3)]
+
+
 STEP = """
 import sys, numpy as np, torch, stored
 from pathlib import Path
@@ -175,8 +221,6 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one(tmp_path, lost):
     """One step under torchrun (gloo). lost: positions in the step whose rows do not decode, so that
     the shares are unequal, or that of the first rank is empty.
     """
-    import stored
-
     from pipeline.training.dataset import Dataset
     from pipeline.training.sampler import Sampler
 
