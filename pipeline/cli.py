@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli_import import imports
 from pipeline.core.errors import PipelineError
+from pipeline.core.terminal import fail, guard, output, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,7 @@ PARAMS, DATA = Path("params.yaml"), Path("data")
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and status 1."""
+    guard()
     try:
         app()
     except PipelineError as error:
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    typer.secho(f"error: {message}", fg="red", err=True)
+    fail(message)
     raise SystemExit(1)
 
 
@@ -68,7 +70,7 @@ def init(
     from pipeline.core.presets import write_preset
 
     write_preset(preset, params, force)
-    typer.echo(f"{params} written. Next: `dvc repro`.")
+    say(f"{params} written. Next: `dvc repro`.")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -92,13 +94,23 @@ def download(
 
 @app.command(rich_help_panel=STAGES)
 def teacher_embed(
-    params: Params = PARAMS, data: Data = DATA, device: Device = "auto", workers: Workers = 2
+    params: Params = PARAMS,
+    data: Data = DATA,
+    device: Device = "auto",
+    workers: Workers = 2,
+    accept: Annotated[
+        bool,
+        typer.Option(
+            "--accept-other-vectors", help="Go on where golden vectors say: another teacher."
+        ),
+    ] = False,
 ) -> None:
     """Embed every image and text once with the frozen teacher into data/teacher."""
     from pipeline.core.config import load_section
     from stages.teacher_embed import teacher_embed as run
 
-    summary = run(load_section(params, "teacher_embed"), data, device=device, workers=workers)
+    config = load_section(params, "teacher_embed")
+    summary = run(config, data, device=device, workers=workers, accept_other_vectors=accept)
     counts = summary.model_dump(include={"images", "texts", "views", "dtype"})
     _report("teacher_embed", counts, data / "teacher")
 
@@ -149,8 +161,8 @@ def evaluate(
     from stages.evaluate import evaluate as run
 
     figures = run(load_section(params, "evaluate"), data, device=device, workers=workers)
-    typer.echo(figures_table(figures))
-    typer.echo(f"evaluate: written to {data / 'evaluation'}")
+    say(figures_table(figures))
+    say(f"evaluate: written to {data / 'evaluation'}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -188,10 +200,10 @@ def search(
         raise PipelineError("search with a text or with --image FILE: one of the two.")
     collection, queries = Collection(data), Queries(data, _card(card, params))
     hits = collection.search(queries.text(text) if image is None else queries.image(image), k)
-    typer.echo(hits_text(hits, format))
+    output().write(hits_text(hits, format) + "\n")
     search_figure(hits, out)
     for line in [*hits.notes, f"{out} written"]:
-        typer.echo(line, err=True)
+        say(line, err=True)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -211,7 +223,7 @@ def look(
     seen = run(Queries(data, _card(card, params)), image, prompts or [])
     look_figure(seen, out)
     for line in [*seen.notes, f"{out} written"]:
-        typer.echo(line, err=True)
+        say(line, err=True)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -237,7 +249,7 @@ def report(
         except PipelineError as error:
             notes.append(f"The teacher's attention: {error}")
     run(data, out, load_section(params, "evaluate"), by_teacher, notes)
-    typer.echo(f"{out} written")
+    say(f"{out} written")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -260,7 +272,7 @@ def verify(
         raise PipelineError(f"--format {format}: there are table, json.")
     named = _card(card, params) if recompute else None
     found = run(data, recompute=recompute, card=named, device=device, workers=workers)
-    typer.echo(findings_text(found, format))
+    say(findings_text(found, format))
     if found:
         raise typer.Exit(1)
 
@@ -277,7 +289,7 @@ def serve(
     """Search in the browser: results by student and teacher, and a map for each image."""
     from pipeline.explore.serve import serve as run
 
-    run(data, _card(card, params), host, port, public=public, announce=typer.echo)
+    run(data, _card(card, params), host, port, public=public, announce=say)
 
 
 @app.command(rich_help_panel=FILES)
@@ -291,7 +303,7 @@ def export(
     """Write the student as ONNX, checked against onnxruntime before it is called written."""
     from pipeline.models.export import export_student
 
-    typer.echo(export_student(data / "student", out, int8=int8))
+    say(export_student(data / "student", out, int8=int8))
 
 
 def _card(card: Path | None, params: Path) -> Path | None:
@@ -306,7 +318,7 @@ def _card(card: Path | None, params: Path) -> Path | None:
 def _report(stage: str, counts: dict, out: Path) -> None:
     found = ", ".join(f"{count} {name}" if isinstance(count, int) else f"{name} {count}"
                       for name, count in counts.items())  # fmt: skip
-    typer.echo(f"{stage}: {found} in {out}")
+    say(f"{stage}: {found} in {out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.core.terminal import say
+
 imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
 
 
@@ -17,7 +19,7 @@ def import_folder(
     from pipeline.fetch.folder import write_folder_manifest
 
     count = write_folder_manifest(folder, out)
-    typer.echo(
+    say(
         f"{out}: {count} images. In params.yaml set download.manifest: {out} and "
         f"download.root: {folder}"
     )
@@ -35,7 +37,7 @@ def import_teacher(
     from pipeline.models.card_writer import write_card
 
     card = write_card(model, pretrained, out)
-    typer.echo(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
+    say(f"{out} written ({card.activation}). Set teacher_embed.card: {out}")
 
 
 @imports.command("checkpoint")
@@ -47,7 +49,7 @@ def import_checkpoint(
     from pipeline.models.published import import_checkpoint as run
 
     student = run(file, out)
-    typer.echo(f"{out}: {student.config}")
+    say(f"{out}: {student.config}")
 
 
 @imports.command("embeddings")
@@ -77,4 +79,4 @@ def import_embeddings(
     summary = run(data, source, teacher=teacher.named(), texts=texts or [], preprocessing=how)
     counts = {"images": summary.images, "texts": summary.texts} | summary.further_counts
     counted = ("images", "images without embedding", "embeddings without image", "texts")
-    typer.echo(", ".join(f"{counts[name]} {name}" for name in counted) + f" in {data / 'teacher'}")
+    say(", ".join(f"{counts[name]} {name}" for name in counted) + f" in {data / 'teacher'}")

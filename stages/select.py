@@ -84,11 +84,11 @@ def _wanted(where: str, data: Path) -> pa.Table:
     It runs on a connection without file access, over images and a similarity computed before.
     """
     similarity = database.connect(data).sql(SIMILARITY).to_arrow_table()
-    connection = database.confined(data)
-    connection.register("similarity", similarity)
     try:
         condition = duckdb.SQLExpression(where)
-        return connection.sql(FACTS).filter(condition).select("row_id").to_arrow_table()
+        with database.confined(data) as connection:
+            connection.register("similarity", similarity)
+            return connection.sql(FACTS).filter(condition).select("row_id").to_arrow_table()
     except (duckdb.Error, pa.ArrowException) as error:
         raise PipelineError(
             f"select.where: {where!r} does not work as a condition over images: "

@@ -50,11 +50,17 @@ PROMPTS = "texts/prompts.parquet"
 
 
 def teacher_embed(
-    config: TeacherEmbedConfig, data: Path, *, device: str = "auto", workers: int = 2
+    config: TeacherEmbedConfig,
+    data: Path,
+    *,
+    device: str = "auto",
+    workers: int = 2,
+    accept_other_vectors: bool = False,
 ) -> TeacherSummary:
     """Write data/teacher/images and data/teacher/texts; returns what it says of the teacher.
 
-    workers: threads that decode and crop. Raises PipelineError: no images, no or a wrong teacher,
+    workers: threads that decode and crop. accept_other_vectors: also of a teacher that does not
+    answer as its card's golden vectors say. Raises PipelineError: no images, no or a wrong teacher,
     embeddings of another teacher already there, a prompt file that is missing.
     """
     with lock(data, STAGE):
@@ -84,7 +90,7 @@ def teacher_embed(
             origins = _origins(inputs["images"], vectors, crops, config.views, prompts)
             missing = [name for name in origins if not _settled(work, name, origins[name])]
             if missing:
-                teacher = Teacher(card_path, target)
+                teacher = Teacher(card_path, target, accept_other_vectors=accept_other_vectors)
                 _lower(teacher, dtype, work, data / "images")
                 embedded = _embed(
                     teacher, work, config, data / "images", missing, origins, prompts, workers

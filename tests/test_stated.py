@@ -12,7 +12,13 @@ from pipeline.models.teacher import Teacher
 
 def card(model: str, pretrained: str | None) -> TeacherCard:
     return TeacherCard(
-        name="x", model=model, pretrained=pretrained, sha256=None, activation="gelu", golden=None
+        name="x",
+        model=model,
+        pretrained=pretrained,
+        sha256=None,
+        config_sha256=None,
+        activation="gelu",
+        golden=None,
     )
 
 

@@ -117,6 +117,7 @@ def write_teacher(folder: Path, seed: int = 0, context: int = 16) -> Path:
         "model": "local-dir:.",
         "pretrained": None,
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "config_sha256": hashlib.sha256(json.dumps(config).encode()).hexdigest(),
         "activation": "gelu",
         "golden": None,
     }

@@ -207,12 +207,14 @@ def save(model: open_clip.CLIP, folder: Path) -> None:
             "std": open_clip.OPENAI_DATASET_STD,
         },
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    written = json.dumps(config, indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(written)
     card = {
         "name": "demo",
         "model": "local-dir:.",  # relative to the card
         "pretrained": None,
         "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "config_sha256": hashlib.sha256(written.encode()).hexdigest(),
         "activation": "gelu",
         "golden": None,
     }

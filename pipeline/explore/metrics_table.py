@@ -1,5 +1,7 @@
 """The figures of an evaluation as a table for people."""
 
+from pipeline.core.terminal import table
+
 GROUPS = (
     "near_training",
     "fidelity",
@@ -13,7 +15,7 @@ GROUPS = (
 
 def figures_table(figures: dict) -> str:
     """One line a figure: value, 95 % interval, floor, ceiling; then what is left out, and why."""
-    rows = [("figure", "student", "95 % interval", "floor", "ceiling")]
+    names, rows = ("figure", "student", "95 % interval", "floor", "ceiling"), []
     for group in GROUPS:
         for name, figure in figures.get(group, {}).items():
             if isinstance(figure, dict):
@@ -24,11 +26,9 @@ def figures_table(figures: dict) -> str:
                 if "centre" in figure:
                     centre = f"{figure['centre']:.3f}"
                     rows.append((f"{title}, always the centre", centre, "", "", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
     left_out = [
         f"left out: {group}, for {figures[group]['left_out']}"
         for group in GROUPS
         if "left_out" in figures.get(group, {})
     ]
-    return "\n".join([*(line.rstrip() for line in lines), *left_out])
+    return "\n".join([table(names, rows), *left_out])

@@ -121,7 +121,7 @@ def footnotes(figure: Figure, notes: Sequence[str]) -> None:
 
 def wrapped(text: str, width: int, lines: int = 3) -> str:
     """Text in at most so many lines of width characters, for a title."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
+    shown = "".join(c if c.isprintable() else " " for c in text)  # fonts have no glyph for the rest
     return "\n".join(
-        textwrap.wrap(printable, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
+        textwrap.wrap(shown, width, max_lines=lines, placeholder=" …", break_on_hyphens=False)
     )

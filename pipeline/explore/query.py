@@ -19,12 +19,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.core import terminal
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
 
 FORMATS = ("table", "csv", "json", "parquet")
 SHOWN = 100  # rows of a table
-WIDTH = 60  # characters of a cell in a table
 SECONDS = 600.0  # that a query may take
 GRACE = 3.0  # s from the interruption to the end of the process
 HEADROOM = (
@@ -45,10 +45,10 @@ def print_answer(data: Path, sql: str, form: str, seconds: float = SECONDS) -> N
         raise PipelineError(
             "Parquet is binary: redirect it, `... --format parquet > answer.parquet`."
         )
-    connection = database.confined(data)
     write = {"table": _table, "csv": _csv, "json": _json, "parquet": _parquet}[form]
     try:
-        with _limited(connection, seconds):
+        # Closed before Python ends: a thread that still scans a dataset would bring the process down.
+        with database.confined(data) as connection, _limited(connection, seconds):
             write(database.ask(connection, sql, arrow=form == "parquet"))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
@@ -97,7 +97,7 @@ def _late(seconds: float) -> str:
 
 def _end(seconds: float) -> None:
     """In a thread of its own: nothing is written by a query, so nothing is lost."""
-    os.write(2, f"error: {_late(seconds)}\n".encode())
+    terminal.fail(_late(seconds))
     os._exit(1)
 
 
@@ -107,37 +107,25 @@ def _rows(answer) -> Iterator[tuple]:
 
 
 def _table(answer) -> None:
-    names = [column[0] for column in answer.description]
-    rows = [[_cell(value) for value in row] for row in answer.fetchmany(SHOWN)]
+    rows = answer.fetchmany(SHOWN)
     more = len(answer.fetchmany(1)) > 0
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    for row in [names, ["-" * width for width in widths], *rows]:
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
-    print(f"({len(rows)} rows{', more follow: use LIMIT or --format csv' if more else ''})")
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = "".join(c if c.isprintable() else " " for c in text)  # strangers' captions: no escapes
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+    terminal.say(terminal.table([column[0] for column in answer.description], rows))
+    end = ", more follow: use LIMIT or --format csv" if more else ""
+    terminal.say(f"({len(rows)} rows{end})")
 
 
 def _csv(answer) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer = csv.writer(terminal.output(), lineterminator="\n")
     writer.writerow([column[0] for column in answer.description])
     writer.writerows([v.hex() if isinstance(v, bytes) else v for v in row] for row in _rows(answer))
 
 
 def _json(answer) -> None:
     """One object a line, which any tool reads as a stream."""
-    names = [column[0] for column in answer.description]
+    names, out = [column[0] for column in answer.description], terminal.output()
     for row in _rows(answer):
-        values = map(_plain, row)
-        print(json.dumps(dict(zip(names, values, strict=True)), default=str, ensure_ascii=False))
+        record = dict(zip(names, map(_plain, row), strict=True))
+        out.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
 
 
 def _plain(value):

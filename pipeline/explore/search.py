@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.core import terminal
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_folders, write_file
 from pipeline.data import database, shards
@@ -22,7 +23,7 @@ from pipeline.explore import plots
 
 FORMATS = ("table", "json", "csv")
 DRAWN = 12  # hits a side whose pictures are read and drawn, at most
-WIDTH = 50  # characters of a cell in a table
+WIDTH = 50  # columns of a cell in a table
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,8 @@ def hits_text(hits: Hits, form: str) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().rstrip("\n")
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value) -> str:
-    """Printable and short: captions come from strangers, and a terminal obeys control codes."""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value or "")
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+    shown = [{key: "" if value is None else value for key, value in row.items()} for row in rows]
+    return terminal.table(list(rows[0]), [list(row.values()) for row in shown], WIDTH)
 
 
 def search_figure(hits: Hits, out: Path) -> None:

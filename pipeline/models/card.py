@@ -1,6 +1,21 @@
-"""A teacher card: manifests/teachers/NAME.yaml, which names a teacher and what to hold it to.
+"""A teacher card: manifests/teachers/NAME.yaml, which names a teacher and what to recognise it by.
 
-The card is what DVC and every stamp depend on; a local checkpoint enters by its SHA-256.
+The card is what DVC and every stamp depend on. It vouches for every file that is read, by SHA-256:
+
+    name: clip-vit-b32              how the teacher is called in results
+    model: ViT-B-32-quickgelu       open_clip's name, or local-dir:FOLDER relative to the card
+    pretrained: openai              open_clip's tag, a file relative to the card; null for local-dir
+    sha256: null                    of the weights: a must for a local file; for a tag, of its
+                                    download, null until `pipeline import teacher` has seen it
+    config_sha256: null             of the folder's open_clip_config.json; null without a folder
+    activation: quickgelu           or gelu: what must really be built
+    golden:                         null, or what the towers answered (models/golden.py checks it)
+      source: ...                   who computed the vectors, from what
+      texts: {"a zebra": [...]}     a text -> its complete unit vector, rounded; at least one
+      image: null                   the vector of `golden.test_pattern`; null where nobody has it
+
+`pipeline import teacher MODEL --out CARD` writes one from weights, and completes one that has neither
+digest nor image vector. A tag's tokenizer and configuration are open_clip's own, in its package.
 """
 
 import hashlib
@@ -11,25 +26,33 @@ from pydantic import Field, ValidationError
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import NamedTeacher, Record
+from pipeline.models.teacher_config import CONFIG, read_teacher_config
 
 CHECKPOINTS = (".safetensors", ".pt", ".bin", ".pth")  # endings of files; a tag has none
+LOCAL = "local-dir:"
 
 
 class Golden(Record):
-    """First values of the unit embeddings of the teacher's fixed test pattern and test text."""
+    """Unit vectors that a teacher once answered, rounded."""
 
-    image: list[float] = Field(min_length=4)
-    text: list[float] = Field(min_length=4)
+    source: str
+    texts: dict[str, list[float]] = Field(min_length=1)
+    image: list[float] | None
 
 
 class TeacherCard(NamedTeacher):
     """What a card says."""
 
+    config_sha256: str | None
     golden: Golden | None
 
     def named(self) -> NamedTeacher:
-        """Without the golden vectors, which check a teacher and change none of its vectors."""
-        return NamedTeacher(**self.model_dump(exclude={"golden"}))
+        """Without what only recognises a teacher and changes none of its vectors: a tag names its
+        weights whether their digest is known or not.
+        """
+        values = self.model_dump(exclude={"golden", "config_sha256"})
+        local = self.model.startswith(LOCAL) or (self.pretrained or "").endswith(CHECKPOINTS)
+        return NamedTeacher(**values | {"sha256": self.sha256 if local else None})
 
 
 def read_card(path: Path) -> TeacherCard:
@@ -55,8 +78,8 @@ def read_card(path: Path) -> TeacherCard:
 
 def weights_file(card: TeacherCard, path: Path) -> Path | None:
     """The local checkpoint that a card names; null for a tag of open_clip's own list."""
-    if card.model.startswith("local-dir:"):
-        folder = path.parent / card.model.removeprefix("local-dir:")
+    if card.model.startswith(LOCAL):
+        folder = path.parent / card.model.removeprefix(LOCAL)
         files = sorted(folder.glob("*.safetensors"))
         usual = [file for file in files if file.name == "open_clip_model.safetensors"]
         if len(usual or files) != 1:  # open_clip would choose one of several by rules of its own
@@ -73,7 +96,9 @@ def weights_file(card: TeacherCard, path: Path) -> Path | None:
 
 
 def check_weights(card: TeacherCard, path: Path) -> None:
-    """Raises PipelineError unless a local checkpoint has the bytes that the card names."""
+    """Raises PipelineError unless every local file that is read has the bytes that the card names,
+    and a folder's configuration asks for nothing but an architecture.
+    """
     file = weights_file(card, path)
     if file is None:
         if not card.pretrained:
@@ -82,10 +107,25 @@ def check_weights(card: TeacherCard, path: Path) -> None:
                 "open_clip tag or a checkpoint file."
             )
         return
-    with file.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != card.sha256:
+    check_digest(path, file, card.sha256)
+    if card.model.startswith(LOCAL):
+        check_digest(path, file.with_name(CONFIG), card.config_sha256)
+        read_teacher_config(file.parent)
+
+
+def check_digest(path: Path, file: Path, expected: str | None) -> None:
+    """Raises PipelineError unless a file has the SHA-256 that the card (at path) names."""
+    if (found := sha256_of(file)) != expected:
         raise PipelineError(
-            f"{path}: {file} has SHA-256 {found}, the card says {card.sha256}. Put the right file "
+            f"{path}: {file} has SHA-256 {found}, the card says {expected}. Put the right file "
             "there, or write the card anew with `pipeline import teacher`."
         )
+
+
+def sha256_of(file: Path) -> str:
+    """64 hex digits. Raises PipelineError for a file that cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise PipelineError(f"{file} cannot be read: {error.strerror}.") from None

@@ -1,6 +1,5 @@
 """What a teacher card says of preprocessing, without the teacher's weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Preprocessing
-from pipeline.models.card import TeacherCard
+from pipeline.models.card import LOCAL, TeacherCard
 from pipeline.models.open_clip import open_clip
+from pipeline.models.teacher_config import read_teacher_config
 
 
 def preprocessing_of(values: Mapping[str, Any], card_path: Path) -> Preprocessing:
@@ -41,10 +41,9 @@ def stated_preprocessing(card: TeacherCard, path: Path) -> Preprocessing:
 
     path: the card's. Raises PipelineError for a model that open_clip does not know.
     """
-    if card.model.startswith("local-dir:"):
-        folder = path.parent / card.model.removeprefix("local-dir:")
-        config = json.loads((folder / "open_clip_config.json").read_text())
-        model, tag = config["model_cfg"], config.get("preprocess_cfg", {})
+    if card.model.startswith(LOCAL):
+        config = read_teacher_config(path.parent / card.model.removeprefix(LOCAL))
+        model, tag = config["model_cfg"], config["preprocess_cfg"]
     else:
         model = open_clip.get_model_config(card.model)
         tag = open_clip.pretrained.get_pretrained_cfg(card.model, card.pretrained or "")
