@@ -2,10 +2,11 @@
 
 import importlib.util
 import shutil
-import sys
 
 import torch
 from torch import nn
+
+from pipeline.core.terminal import say
 
 
 def compiled(network: nn.Module, device: torch.device) -> nn.Module:
@@ -17,8 +18,6 @@ def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     missing = [] if importlib.util.find_spec("triton") else ["the package triton"]
     missing += [] if any(map(shutil.which, ("cc", "gcc", "clang"))) else ["a C compiler"]
     if missing:
-        print(
-            f"distill: not compiled, for {', '.join(missing)} is missing: slower", file=sys.stderr
-        )
+        say(f"distill: not compiled, for {', '.join(missing)} is missing: slower", err=True)
         return network
     return torch.compile(network, dynamic=False)
