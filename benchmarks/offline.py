@@ -160,7 +160,7 @@ def print_prices(args, data: Path) -> None:
     for precision in ("float32", "bfloat16"):
         teacher = Teacher(card, CPU)
         ready = np.random.default_rng(0).integers(0, 256, (args.batch, 224, 224, 3), np.uint8)
-        teacher.use(getattr(torch, precision), ready[:8], ["a photo"])
+        teacher = teacher.lowered(getattr(torch, precision))
         dataset = Dataset(data, "train", PUBLISHED.image_size, "bicubic")
         order = Sampler(dataset, 0, args.batch, config.shuffle_row_groups)
         chosen = config.model_copy(update={"precision": precision})

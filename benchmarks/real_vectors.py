@@ -79,7 +79,12 @@ def params_file(shared: Path, work: Path) -> Path:
     write_preset("clip-vit-b32", params, force=True)
     values = yaml.safe_load(params.read_text())
     root = shared.resolve() / "photos/flickr8k"
-    values["download"] |= {"manifest": str(manifest), "root": str(root), "buckets": 4}
+    values["download"] |= {
+        "manifest": str(manifest),
+        "root": str(root),
+        "rows_per_shard": 500,
+        "round": 0,
+    }
     for section, key in PATHS:  # of this repository, wherever the command is started
         values[section][key] = str(ROOT / values[section][key])
     params.write_text(yaml.safe_dump(values))

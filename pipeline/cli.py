@@ -30,6 +30,14 @@ Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Data = Annotated[Path, typer.Option("--data", help="Folder of all results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ... Changes speed.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        help="3/16 (counted from 0) or auto: make this part of the shards only, beside other "
+        "processes; the command without it then publishes.",
+    ),
+]
 Card = Annotated[
     Path | None, typer.Option(help="Teacher card; that of the parameters if not given.")
 ]
@@ -76,8 +84,13 @@ def init(
 @app.command(rich_help_panel=STAGES)
 def download(
     retry: Annotated[
-        bool, typer.Option("--retry", help="Fetch again what may succeed now, and nothing else.")
+        bool,
+        typer.Option(
+            "--retry",
+            help="Fetch again what may succeed now, and nothing else: raises download.round.",
+        ),
     ] = False,
+    part: Part = None,
     params: Params = PARAMS,
     data: Data = DATA,
     processes: Annotated[int, typer.Option(min=1, help="Download processes.")] = 2,
@@ -85,15 +98,27 @@ def download(
 ) -> None:
     """Fetch the manifest's images into data/images; every row ends with a status."""
     from pipeline.core.config import load_section
+    from pipeline.fetch.retry import begin_round
     from stages.download import download as run
 
-    config = load_section(params, "download")
-    statuses = run(config, data, processes=processes, threads=threads, retry=retry)
-    _report("download", statuses, data / "images")
+    if retry and part is not None:
+        raise PipelineError(
+            "--retry begins a round for all parts: raise download.round in the parameters instead, "
+            "and start the parts with it."
+        )
+    if retry:
+        say(begin_round(params, data))
+    config, share = load_section(params, "download"), _share(part)
+    statuses = run(config, data, processes=processes, threads=threads, share=share)
+    if share:
+        say(_PART_DONE.format("download", *share))
+    else:
+        _report("download", statuses, data / "images")
 
 
 @app.command(rich_help_panel=STAGES)
 def teacher_embed(
+    part: Part = None,
     params: Params = PARAMS,
     data: Data = DATA,
     device: Device = "auto",
@@ -109,10 +134,15 @@ def teacher_embed(
     from pipeline.core.config import load_section
     from stages.teacher_embed import teacher_embed as run
 
-    config = load_section(params, "teacher_embed")
-    summary = run(config, data, device=device, workers=workers, accept_other_vectors=accept)
-    counts = summary.model_dump(include={"images", "texts", "views", "dtype"})
-    _report("teacher_embed", counts, data / "teacher")
+    config, share = load_section(params, "teacher_embed"), _share(part)
+    summary = run(
+        config, data, device=device, workers=workers, accept_other_vectors=accept, share=share
+    )
+    if share:
+        say(_PART_DONE.format("teacher-embed", *share))
+    else:
+        counts = summary.model_dump(include={"images", "texts", "views", "dtype"})
+        _report("teacher_embed", counts, data / "teacher")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -304,6 +334,16 @@ def export(
     from pipeline.models.export import export_student
 
     say(export_student(data / "student", out, int8=int8))
+
+
+_PART_DONE = "{0}: part {1}/{2} is done. After all parts, run `pipeline {0}`."
+
+
+def _share(part: str | None):
+    """The share of the shards that --part names; None without it."""
+    from pipeline.cluster.parts import parse_share
+
+    return None if part is None else parse_share(part)
 
 
 def _card(card: Path | None, params: Path) -> Path | None:

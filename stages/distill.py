@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from pipeline.core.config import DistillConfig
+from pipeline.core.devices import own_device
 from pipeline.core.errors import PipelineError
+from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
-    Work,
     contents,
     digest,
     file_digest,
@@ -28,6 +29,7 @@ from pipeline.core.provenance import (
     write_json,
 )
 from pipeline.core.records import Preprocessing, Recipe, TeacherSummary
+from pipeline.core.work import Work
 from pipeline.data import views
 from pipeline.data.embeddings import training_mean
 from pipeline.data.runs import append_run
@@ -36,7 +38,7 @@ from pipeline.models.student import Student
 from pipeline.training import sampler, trainer
 from pipeline.training.batches import held_out_batches, training_batches
 from pipeline.training.dataset import Dataset
-from pipeline.training.distributed import Ranks, own_device
+from pipeline.training.distributed import Ranks
 from pipeline.training.log import write_log
 from pipeline.training.sampler import Sampler
 from pipeline.training.trainer import Trainer
@@ -79,7 +81,8 @@ def distill(
             if not work.published():
                 if resume:
                     _refuse_another_run(work)
-                _train(work, config, data, teacher, ranks, workers)
+                with own_inputs(data, STAGE) as inputs:
+                    _train(work, config, inputs, teacher, ranks, workers)
             return read_stamp(work.out, STAGE).summary
     finally:
         ranks.end()
@@ -177,7 +180,7 @@ def _train(
     with closing(steps):
         _take_steps(trainer, steps, held_out, work.folder / CHECKPOINT, workers)
     if ranks.first:
-        _publish(work, trainer, teacher, data, began, (trainer.step - first_step) * config.batch)
+        _publish(work, trainer, teacher, began, (trainer.step - first_step) * config.batch)
     ranks.wait()
 
 
@@ -213,7 +216,7 @@ def _take_steps(trainer: Trainer, steps, held_out: Dataset, checkpoint: Path, wo
 
 
 def _publish(
-    work: Work, trainer: Trainer, teacher: TeacherSummary, data: Path, began: float, images: int
+    work: Work, trainer: Trainer, teacher: TeacherSummary, began: float, images: int
 ) -> None:
     made = {"stage": STAGE, "stamp": work.stamp, "recipe": work.recipe.model_dump()}
     made |= {"libraries": libraries("torch", "numpy", "pyarrow", "duckdb", "simplejpeg")}
@@ -237,4 +240,4 @@ def _publish(
     write_json(work.folder / METRICS, metrics)
     work.publish(FILES, metrics)
     device = str(trainer.ranks.device)
-    append_run(data, STAGE, work.stamp, work.recipe, metrics, device, began, images)
+    append_run(work.data, STAGE, work.stamp, work.recipe, metrics, device, began, images)

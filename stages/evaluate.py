@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.devices import pick_device
+from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
-    Work,
     contents,
     libraries,
     lock,
@@ -27,6 +27,7 @@ from pipeline.core.provenance import (
     write_json,
 )
 from pipeline.core.records import Recipe
+from pipeline.core.work import Work
 from pipeline.data import shards
 from pipeline.data.embeddings import split_vectors, training_mean
 from pipeline.data.runs import append_run
@@ -63,18 +64,19 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
         if not work.published():
             work.begin()
             began, target = time.monotonic(), pick_device(device)
-            student = Student.load(data / "student").to(target)
-            loaded = time.monotonic()
-            embedded = _write_index(work, config, data, student, workers)
-            spent = time.monotonic() - loaded
-            figures = _figures(work, config, data, student, workers)
-            write_json(work.folder / METRICS, figures)
-            work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
-            report = partial(
-                write_report, data=data, student=student, index=work.folder / "index",
-                found=figures, config=config,
-            )  # fmt: skip
-            work.commit(REPORT, report)
+            with own_inputs(data, STAGE) as inputs:
+                student = Student.load(inputs / "student").to(target)
+                loaded = time.monotonic()
+                embedded = _write_index(work, config, inputs, student, workers)
+                spent = time.monotonic() - loaded
+                figures = _figures(work, config, inputs, student, workers)
+                write_json(work.folder / METRICS, figures)
+                work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
+                report = partial(
+                    write_report, data=inputs, student=student, index=work.folder / "index",
+                    found=figures, config=config,
+                )  # fmt: skip
+                work.commit(REPORT, report)
             index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
             work.publish([METRICS, RETRIEVAL, REPORT, *index], figures)
             values = _flat(figures) | _facts(student)

@@ -23,7 +23,6 @@ import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import (
-    Work,
     contents,
     file_digest,
     libraries,
@@ -38,6 +37,7 @@ from pipeline.core.records import (
     TeacherIdentity,
     TeacherSummary,
 )
+from pipeline.core.work import Work
 from pipeline.data import shards
 from pipeline.data.texts import text_id
 from pipeline.data.views import View, canonical_view

@@ -12,8 +12,10 @@ import pyarrow as pa
 
 from pipeline.core.config import SelectConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, contents, libraries, lock, read_stamp, require_inputs
+from pipeline.core.inputs import own_inputs
+from pipeline.core.provenance import contents, libraries, lock, read_stamp, require_inputs
 from pipeline.core.records import Recipe
+from pipeline.core.work import Work
 from pipeline.data import database, shards
 from pipeline.data.duplicates import near_duplicate_groups
 
@@ -37,7 +39,8 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
         work = Work(data, STAGE, data / "selection", recipe)
         if not work.published():
             work.begin()
-            table = _selected(config, data)
+            with own_inputs(data, STAGE) as inputs:
+                table = _selected(config, inputs)
             made = {
                 "stage": STAGE,
                 **recipe.model_dump(),

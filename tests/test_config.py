@@ -72,7 +72,9 @@ def test_an_unknown_key_of_the_student_is_answered_with_the_students_keys(params
     assert "patch_size" in message and "learning_rate" not in message
 
 
-@pytest.mark.parametrize("key", ["download.buckets", "distill.student.heads", "distill.loss.l1"])
+@pytest.mark.parametrize(
+    "key", ["download.rows_per_shard", "distill.student.heads", "distill.loss.l1"]
+)
 def test_a_missing_key_is_named_with_its_place(params, key):
     change(params, key, remove=True)
     assert f"{key}: missing" in refusal(params, key.split(".")[0])
@@ -81,10 +83,10 @@ def test_a_missing_key_is_named_with_its_place(params, key):
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("download.buckets", "4", "integer"),
-        ("download.buckets", 4.0, "integer"),
-        ("download.buckets", True, "integer"),
-        ("download.buckets", 0, "greater than 0"),
+        ("download.rows_per_shard", "4", "integer"),
+        ("download.rows_per_shard", 4.0, "integer"),
+        ("download.rows_per_shard", True, "integer"),
+        ("download.rows_per_shard", 0, "greater than 0"),
         ("download.robots", "yes", "boolean"),
         ("download.timeout", float("inf"), "finite"),
         ("download.quality", 101, "less than or equal to 100"),
@@ -114,15 +116,15 @@ def test_a_value_of_another_kind_is_named_with_what_is_allowed(params, key, valu
 
 
 def test_every_finding_of_a_section_is_told_at_once(params):
-    change(params, "download.buckets", "4")
+    change(params, "download.rows_per_shard", "4")
     change(params, "download.speed", 9)
     message = refusal(params, "download")
-    assert "download.buckets" in message and "download.speed" in message
+    assert "download.rows_per_shard" in message and "download.speed" in message
 
 
 def test_a_section_is_judged_without_the_others(params):
     change(params, "distill.steps", "many")
-    assert load_section(params, "download").buckets == 4
+    assert load_section(params, "download").rows_per_shard == 1200
 
 
 def test_a_missing_section_is_named(params):
@@ -172,7 +174,7 @@ def test_a_url_and_a_version_stay_texts(params):
 def test_parameters_cannot_be_changed_after_loading(params):
     config = load_section(params, "download")
     with pytest.raises(ValueError, match="frozen"):
-        config.buckets = 8
+        config.rows_per_shard = 8
 
 
 def test_a_preset_never_replaces_a_file_unless_told_to(params):

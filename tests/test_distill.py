@@ -53,7 +53,7 @@ def test_embeddings_of_other_images_than_lie_here_are_refused(data, small_world)
     from stages.download import download
 
     shutil.rmtree(data / "images")
-    config = worlds.download_config(small_world.manifest, small_world.root, buckets=5)
+    config = worlds.download_config(small_world.manifest, small_world.root, rows_per_shard=13)
     download(config, data, processes=1, threads=4)
     with pytest.raises(PipelineError, match="not made from the images that data/ holds now"):
         train(data)

@@ -18,8 +18,8 @@ import worlds
 from finished import distill_config, evaluate_config
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work
 from pipeline.core.records import Recipe
+from pipeline.core.work import Work
 from pipeline.data import shards
 from pipeline.data.embeddings import split_vectors
 from pipeline.models.blocks import Attention, neighbourhood_mask

@@ -164,7 +164,7 @@ def test_a_manifest_that_announces_more_rows_than_it_has_is_refused(tmp_path):
             lying[at : at + 2] = b"\xfe\x7f"  # 8191
             (tmp_path / "m.parquet").write_bytes(lying)
             try:
-                lists = write_lists(tmp_path / "m.parquet", tmp_path, 1, tmp_path / "lists")
+                lists = write_lists(tmp_path / "m.parquet", tmp_path, 50, tmp_path / "lists")
             except PipelineError:
                 refused += 1
             else:

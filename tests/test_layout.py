@@ -17,6 +17,7 @@ from pipeline.core.presets import PRESETS
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # layer -> layers that it may import
     "core": [],
+    "cluster": ["core"],
     "data": ["core"],
     "fetch": ["core", "data"],
     "models": ["core", "data"],

@@ -11,9 +11,10 @@ import stored
 import torch
 
 from pipeline.core.config import LossWeights
+from pipeline.core.devices import own_device
 from pipeline.models.student import Student
 from pipeline.training.batches import Batch
-from pipeline.training.distributed import Ranks, own_device
+from pipeline.training.distributed import Ranks
 from pipeline.training.losses import (
     CENTRED,
     contrastive_loss,

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -15,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import PipelineError
-from pipeline.fetch.manifest import image_id, write_lists
+from pipeline.fetch.manifest import image_id, list_digest, write_lists
 
-BUCKETS = 4
+ROWS_PER_SHARD = 2
 BOX = {"text": "a cat", "x0": 1.0, "y0": 2.0, "x1": 30.0, "y1": 40.0}
 
 
-def lists(manifest: Path, buckets: int = BUCKETS, root: Path | None = None) -> list[Path]:
+def lists(
+    manifest: Path, rows_per_shard: int = ROWS_PER_SHARD, root: Path | None = None
+) -> list[Path]:
     folder = manifest.with_name("lists")
-    return write_lists(manifest, root or manifest.parent, buckets, folder)
+    return write_lists(manifest, root or manifest.parent, rows_per_shard, folder)
 
 
 def rows_of(paths: list[Path]) -> list[dict]:
@@ -45,6 +48,14 @@ def refusal(manifest: Path) -> str:
         lists(manifest)
     assert str(manifest) in str(caught.value)
     return str(caught.value)
+
+
+def bucket_of(image_id: str, number: int) -> int:
+    """Litwin 1980: the hash modulo the next power of two above the number of buckets; what falls in
+    a bucket that is not there yet still lies in the one that it will be split from."""
+    power = next(2**k for k in range(20) if 2**k > number)
+    bucket = int(image_id[:8], 16) % power
+    return bucket if bucket < number else bucket - power // 2
 
 
 # Every row once
@@ -72,7 +83,7 @@ def assert_every_row_is_there_once(manifest: Path, given_rows: list[tuple[str, s
         assert path.name == f"{number:05}.parquet"
         keys = [(r["image_id"], r["occurrence"]) for r in pq.read_table(path).to_pylist()]
         assert keys == sorted(keys)
-        assert all(int(key[:8], 16) % BUCKETS == number for key, _ in keys)
+        assert all(bucket_of(key, len(paths)) == number for key, _ in keys)
 
 
 @settings(max_examples=40, deadline=None)
@@ -176,9 +187,46 @@ def test_csv_and_parquet_of_the_same_rows_give_the_same_lists(tmp_path):
     assert by_url["http://b"]["boxes"] is None and by_url["http://b"]["label"] is None
 
 
-def test_the_number_of_buckets_is_the_number_of_lists_empty_ones_too(tmp_path):
-    paths = lists(written(tmp_path, "url\nhttp://a\n"), buckets=7)
-    assert len(paths) == 7 and sum(len(pq.read_table(path)) for path in paths) == 1
+def many_urls(count: int) -> str:
+    return "url\n" + "".join(f"http://a/{i}\n" for i in range(count))
+
+
+def buckets(folder: Path, rows_per_shard: int, count: int = 600) -> dict[str, int]:
+    """image_id -> the number of its list."""
+    paths = lists(written(folder, many_urls(count)), rows_per_shard)
+    assert [path.name for path in paths] == [f"{i:05}.parquet" for i in range(len(paths))]
+    return {key: int(p.stem) for p in paths for key in pq.read_table(p)["image_id"].to_pylist()}
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (100, 1), (101, 2), (600, 6)])
+def test_the_number_of_lists_is_that_of_the_rows_divided_by_the_target(tmp_path, rows, expected):
+    assert len(lists(written(tmp_path, many_urls(rows)), 100)) == expected
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_an_image_lies_in_the_bucket_of_linear_hashing(tmp_path, number):
+    found = buckets(tmp_path, -(-600 // number))
+    assert found == {key: bucket_of(key, number) for key in found}
+
+
+def test_one_list_more_splits_one_list_and_sizes_differ_about_twofold_at_most(tmp_path):
+    before = buckets(tmp_path, 60)
+    for number in range(11, 17):
+        after = buckets(tmp_path, -(-600 // number))
+        moved = {(before[key], after[key]) for key in after if before[key] != after[key]}
+        assert len(moved) == 1 and {new for _, new in moved} == {number - 1}
+        before = after
+    sizes = Counter(buckets(tmp_path, 500, 6000).values()).values()
+    assert max(sizes) < 3 * min(sizes)  # twofold, and the luck of 6000 hashes
+
+
+def test_a_lists_digest_is_of_its_rows_and_not_of_the_file(tmp_path):
+    path = lists(written(tmp_path, many_urls(5)), 10)[0]
+    table = pq.read_table(path)
+    pq.write_table(table, tmp_path / "other.parquet", compression="none", row_group_size=2)
+    assert list_digest(tmp_path / "other.parquet") == list_digest(path)
+    pq.write_table(table.slice(1), tmp_path / "shorter.parquet")
+    assert list_digest(tmp_path / "shorter.parquet") != list_digest(path)
 
 
 def test_what_a_killed_run_left_does_not_disturb_the_next(tmp_path):

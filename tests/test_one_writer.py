@@ -16,8 +16,9 @@ import server
 from worlds import run_code
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import Work, lock
+from pipeline.core.provenance import lock
 from pipeline.core.records import Recipe
+from pipeline.core.work import Work
 from pipeline.data import shards
 
 

@@ -31,7 +31,7 @@ def small(folder: Path, card: Path) -> Checkout:
     worlds.write_manifest(folder / "manifests/pictures.csv", rows)
     checkout.set(
         download={
-            "manifest": "manifests/pictures.csv", "root": "manifests/pictures", "buckets": 3,
+            "manifest": "manifests/pictures.csv", "root": "manifests/pictures", "rows_per_shard": 20,
             "image_size": 32,
         },
         teacher_embed={"card": str(card), "batch": 4, "dtype": "float32"},
@@ -170,8 +170,8 @@ def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finis
 
 
 STAGES = {  # stage -> the file whose appearance says that the stage is in its middle
-    "download": ".work/download/*/0*.parquet",
-    "teacher-embed": ".work/teacher_embed/*/images/0*.parquet",
+    "download": ".store/images/0*.parquet",
+    "teacher-embed": ".store/teacher/images/0*.parquet",
     "distill": ".work/distill/*/checkpoint.pt",
     "evaluate": ".work/evaluate/*/index/0*.parquet",
 }

@@ -13,8 +13,9 @@ from worlds import run_code
 from pipeline.core import provenance
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import STAMP_FILE
-from pipeline.core.provenance import PARTIAL, Work, content, read_stamp
+from pipeline.core.provenance import PARTIAL, content, read_stamp
 from pipeline.core.records import Recipe
+from pipeline.core.work import Work
 
 NAMES = ["a.txt", "sub/b.txt"]
 
@@ -293,18 +294,6 @@ def test_earlier_runs_are_offered_newest_first_and_the_out_last(tmp_path):
     assert now.earlier() == [*recipes, tmp_path / "out"]
 
 
-def test_an_adopted_file_is_the_same_file_and_a_new_one_leaves_the_old_alone(tmp_path):
-    old = finish(tmp_path, {"n": 1})
-    kept = tmp_path / "kept.txt"
-    os.link(old.folder / "a.txt", kept)
-    new = work_of(tmp_path, {"n": 2})
-    new.begin()
-    new.adopt("a.txt", old.folder / "a.txt")
-    assert os.path.samefile(new.folder / "a.txt", kept)
-    new.commit("a.txt", lambda partial: partial.write_text("other"))
-    assert kept.read_text() == '{"n": 1}'
-
-
 def test_files_are_copied_where_the_file_system_has_no_links(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(errno.EPERM, "no links here")
@@ -333,7 +322,7 @@ def test_a_process_killed_while_writing_leaves_no_final_file_and_the_rest_is_swe
     code = """
         import os, sys
         from pathlib import Path
-        from pipeline.core.provenance import Work
+        from pipeline.core.work import Work
         from pipeline.core.records import Recipe
         recipe = Recipe(parameters={"n": 1})
         work = Work(Path(sys.argv[1]), "stage", Path(sys.argv[1], "out"), recipe)

@@ -60,7 +60,7 @@ def test_real_photos_go_through_every_stage(shared, checkpoint, tmp_path):
         checkout.run("pipeline", "init", "clip-vit-b32", "--force")
         checkout.set(
             download={
-                "manifest": "manifests/photos.csv", "buckets": 8, "timeout": 5.0, "retries": 0,
+                "manifest": "manifests/photos.csv", "rows_per_shard": 250, "timeout": 5.0, "retries": 0,
                 "allow": ["127.0.0.0/8"], "per_host": 64,
             },
             teacher_embed={"card": "manifests/teachers/local.yaml", "views": 1, "batch": 64},

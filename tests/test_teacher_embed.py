@@ -129,7 +129,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(small_world, data, tmp_path
 
     embed(small_world, data)
     other = tmp_path / "other"
-    config = worlds.download_config(small_world.manifest, small_world.root, buckets=7)
+    config = worlds.download_config(small_world.manifest, small_world.root, rows_per_shard=9)
     download(config, other, processes=1, threads=4)
     embed(small_world, other)
     assert rows(other) == rows(data)
@@ -201,14 +201,14 @@ def test_a_text_with_tokens_of_id_zero_keeps_its_end(tmp_path):
 def test_only_texts_that_an_earlier_version_cut_short_are_embedded_again(
     small_world, data, tmp_path, monkeypatch
 ):
-    """The earlier version is written down as it was: no texts_version, lengths that skip id 0."""
+    """The earlier version is written down as it was: lengths that skip id 0."""
     card = worlds.write_teacher(tmp_path / "teacher", context=77)
     (tmp_path / "prompts.txt").write_text(f"a red circle\n{WITH_TOKEN_ZERO}\n")
     config = worlds.teacher_config(card, tmp_path / "prompts.txt")
     with monkeypatch.context() as earlier:
         counted = lambda self, tokens: (tokens != 0).sum(dim=1)  # noqa: E731
         earlier.setattr(Teacher, "_ends", counted)
-        earlier.setattr("stages.teacher_embed.TEXTS_VERSION", 1)
+        earlier.setattr("pipeline.models.vector_shards.TEXTS_VERSION", 1)
         teacher_embed(config, data, device="cpu", workers=1)
     before = vectors_of_texts(data)
     embedded, embed_texts = [], Teacher.embed_texts

@@ -47,7 +47,8 @@ def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
     values = {
         "manifest": str(manifest),
         "root": str(root),
-        "buckets": 3,
+        "rows_per_shard": 21,
+        "round": 0,
         "image_size": IMAGE_SIZE,
         "quality": 95,
         "timeout": 5.0,

@@ -64,7 +64,8 @@ class DownloadConfig(Record):
 
     manifest: str  # CSV or Parquet: url, optional caption, label, boxes
     root: str  # `file:` paths of the manifest must lie below this folder
-    buckets: Positive  # number of shards; an image's shard depends on its id and this alone
+    rows_per_shard: Positive  # target; an image's shard depends on its id and the shards' number
+    round: Count  # a retry begins the next one: what may succeed now is asked again, once
     image_size: Positive  # px; the shorter side of a stored image, which is shrunk, never enlarged
     quality: Annotated[int, Field(ge=1, le=100)]  # of the JPEG, where an image must be encoded
     timeout: PositiveFloat  # s per image, in total

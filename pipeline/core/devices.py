@@ -1,5 +1,7 @@
 """Which device and which dtype: decided by the hardware, never by a stop-watch."""
 
+import os
+
 import torch
 
 from pipeline.core.errors import PipelineError
@@ -18,6 +20,16 @@ def pick_device(name: str) -> torch.device:
             f"--device {name} cannot be used: {reason}. Try --device cpu."
         ) from None
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """The device that this process works on: under torchrun its own GPU, and no other is opened.
+
+    Raises PipelineError for a device that cannot be used.
+    """
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return pick_device(name)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WORK = ".work"  # below data/: what is under way, never an artifact
+STORE = ".store"  # below data/: finished shards, to which outs are links
 RUNS = "runs"  # below data/: one small Parquet row per finished run
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 

@@ -1,10 +1,8 @@
-"""Where results come from and how they become final: digests, stamps, work folders, the lock.
+"""Where results come from and how files become final: digests, stamps, the lock.
 
-DVC deletes a stage's outs before it runs the stage, so a stage works outside them, in
-data/.work/<stage>/<stamp>/, file by file (temporary name, fsync, rename), and hard-links what is
-finished into its out at the end. The same stamp goes on where it was; a new stamp starts afresh
-and may take over what an older folder holds. The folder of the last complete run stays (its files
-are links, not copies), so the next run finds what it can take over although DVC emptied the outs.
+DVC deletes a stage's outs before it runs the stage, so a stage works outside them, file by file
+(temporary name, fsync, rename), and hard-links what is finished into its out at the end: whole
+files of a small stage in `work`, shards that were paid for in the `store`.
 """
 
 import contextlib
@@ -26,7 +24,7 @@ from pydantic import JsonValue, ValidationError
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import BY_FOLDER, STAGES, STAMP_FILE, command
-from pipeline.core.records import Recipe, Stamp, StoredFile, TeacherSummary
+from pipeline.core.records import Stamp, StoredFile, TeacherSummary
 
 PARTIAL = ".partial"
 FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
@@ -206,138 +204,6 @@ def outdated_inputs(stamp: Stamp, stamps: dict[str, Stamp]) -> list[str]:
     """Which of its inputs, of those in stamps, changed since a folder was made from them."""
     inputs = [name for name in STAGES[stamp.stage].inputs if name in stamps]
     return [name for name in inputs if stamp.recipe.inputs.get(name) != content(stamps[name])]
-
-
-class Work:
-    """One stage's run: its lock, its work folder, and the way its files reach the out.
-
-    stage: its name; out: the DVC out, a folder below data; recipe: all that determines the bytes.
-    """
-
-    def __init__(self, data: Path, stage: str, out: Path, recipe: Recipe):
-        self.data, self.stage, self.out, self.recipe = data, stage, out, recipe
-        self.stamp = digest(recipe.model_dump())
-        self.room = data / ".work" / stage
-        self.folder = self.room / self.stamp
-
-    def published(self) -> bool:
-        """True if the out already holds this very run, whole, and nothing else."""
-        try:
-            stamp = read_stamp(self.out, self.stage)
-        except PipelineError:
-            return False
-        complete = stamp.stamp == self.stamp and all(
-            (self.out / name).is_file() and (self.out / name).stat().st_size == file.bytes
-            for name, file in stamp.files.items()
-        )
-        return complete and not self._strangers()
-
-    def begin(self) -> None:
-        """Refuse an out that holds strangers' files; open the work folder.
-
-        What was damaged since an earlier run finished goes: its out shares the bytes (hard links),
-        so that deleting the damaged out alone would bring them back. Even a damaged stamp vouches
-        for a file whose digest it holds.
-        """
-        if strangers := self._strangers():
-            raise PipelineError(
-                f"{self.out} holds files that {self.stage} did not write: "
-                f"{', '.join(strangers[:3])}{' ...' if len(strangers) > 3 else ''}. "
-                "Move them away and run the command again."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.rglob("*" + PARTIAL):
-            leftover.unlink()
-        if (self.folder / STAMP_FILE).is_file():
-            vouched = (self.folder / STAMP_FILE).read_text(errors="replace")
-            for path in filter(Path.is_file, self.folder.rglob("*")):
-                named = json.dumps(str(path.relative_to(self.folder))) in vouched
-                if named and file_digest(path) not in vouched:
-                    path.unlink()
-
-    def earlier(self) -> list[Path]:
-        """Folders whose finished files may be taken over: other stamps' work, then the out."""
-        return [*self._other_stamps(), *([self.out] if (self.out / STAMP_FILE).is_file() else [])]
-
-    def _other_stamps(self) -> list[Path]:
-        folders = [
-            path
-            for path in self.room.glob("*")
-            if path.is_dir() and len(path.name) == len(self.stamp)
-        ]
-        folders = [path for path in folders if path != self.folder]
-        return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
-
-    def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
-
-    def commit(self, name: str, write: Callable[[Path], None]) -> None:
-        """Finish one file of the work folder; the only door through which one gets there."""
-        (self.folder / STAMP_FILE).unlink(missing_ok=True)  # a finished run's no longer
-        write_file(self.folder / name, write)
-
-    def adopt(self, name: str, source: Path) -> None:
-        """Take over a finished file of an earlier run."""
-        self.commit(name, lambda partial: _link(source, partial))
-
-    def clean(self, *scratch: str) -> None:
-        """Remove a stage's scratch folders."""
-        for name in scratch:
-            shutil.rmtree(self.room / name, ignore_errors=True)
-
-    def publish(self, names: list[str], summary: dict[str, Any]) -> None:
-        """Make the out exactly these files of the work folder plus the stamp file, by links.
-
-        The out is built aside and renamed into place: it is never half of two runs. Older work
-        folders are removed then.
-        """
-        files = {name: stored_file(self.folder / name) for name in sorted(names)}
-        write_json(self.folder / STAMP_FILE, self._stamp(files, summary).model_dump())
-        aside, old = self.room / "out.new", self.room / "out.old"
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for name in [*files, STAMP_FILE]:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(self.folder / name, aside / name)
-        if self.out.exists():
-            self.out.rename(old)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        aside.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
-        for folder in self._other_stamps():
-            shutil.rmtree(folder)
-
-    def _stamp(self, files: dict[str, StoredFile], summary: dict[str, Any]) -> Stamp:
-        values = {
-            "stage": self.stage,
-            "stamp": self.stamp,
-            "recipe": self.recipe.model_dump(),
-            "files": {name: file.model_dump() for name, file in files.items()},
-            "summary": summary,
-        }
-        return Stamp.model_validate(sealed(values))
-
-    def _strangers(self) -> list[str]:
-        """Files of the out that no finished run of this stage wrote.
-
-        Raises PipelineError where they cannot be told, for the out's stamp is damaged.
-        """
-        if not self.out.is_dir():
-            return [self.out.name] if self.out.exists() else []
-        ours = set()
-        if (self.out / STAMP_FILE).is_file():
-            stamp = read_stamp(self.out, self.stage)
-            ours = {STAMP_FILE, *stamp.files} if stamp.stage == self.stage else set()
-        files = {str(p.relative_to(self.out)) for p in self.out.rglob("*") if not p.is_dir()}
-        return sorted(files - ours)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard link; a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def command_line() -> str:

@@ -39,6 +39,7 @@ class StoredFile(Record):
 
     sha256: Digest  # the first 32 hex digits
     bytes: Annotated[int, Field(ge=0)]
+    stored: str | None = None  # its name in the stage's store, where it has one
 
 
 class Recipe(Record):
@@ -47,6 +48,39 @@ class Recipe(Record):
     parameters: dict[str, JsonValue] = {}  # of params.yaml, and contents of files they name
     versions: dict[str, int] = {}  # of the modules that decide bytes
     inputs: dict[str, JsonValue] = {}  # what the stage reads -> digest; folders of data/ by name
+
+
+class Part(Record):
+    """A shard that a plan asks for."""
+
+    name: str  # below the stage's folder
+    origin: Digest  # of all that decides its bytes
+
+
+class Plan(Record):
+    """What a stage is to make: small, and the same on every machine from the same inputs."""
+
+    stage: str
+    recipe: Recipe
+    parts: tuple[Part, ...]  # by name
+    round: Annotated[int, Field(ge=0)] = 0  # of fetching; a retry begins the next one
+
+
+class Entry(Record):
+    """A finished shard of a store."""
+
+    name: str  # below the stage's folder
+    origin: Digest  # of all that decided its bytes
+    round: Annotated[int, Field(ge=0)]  # in which it was fetched
+    good: Annotated[int, Field(ge=0)]  # rows that are no failures
+    sha256: Digest
+    bytes: Annotated[int, Field(ge=0)]
+
+    @property
+    def stored(self) -> str:
+        """Its name in the store."""
+        stem, _, suffix = self.name.rpartition(".")
+        return f"{stem}-{self.origin}-{self.round}-{self.good}-{self.sha256}.{suffix}"
 
 
 class Stamp(Record):

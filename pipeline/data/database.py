@@ -49,7 +49,10 @@ def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
                     f"{pattern} cannot be read: {reason(error)}. Delete the damaged folder and run "
                     f"`pipeline {command}` again."
                 ) from None
-    folders = [str(folder.resolve()) for folder in (data, *readable)]
+    elsewhere = {  # of shards that are links, as some of DVC's cache types make them
+        path.resolve().parent for shards, _ in TABLES.values() for path in data.glob(shards)
+    }
+    folders = [str(folder.resolve()) for folder in (data, *sorted(elsewhere), *readable)]
     allowed = ", ".join(_quoted(f"{name}/") for name in [*folders, *map(escape, folders)])
     connection.execute(f"SET allowed_directories = [{allowed}]")
     _lock(connection)

@@ -5,7 +5,7 @@ vector functions take as they are. A shard's footer says how it was made (`prove
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -199,18 +199,14 @@ def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.T
     return table
 
 
-def read_earlier(path: Path, stage: str, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """Columns of a shard that an earlier version may have written: what it did not know is null.
-
-    Raises PipelineError where the shard is damaged or foreign.
-    """
-    with open_shard(path, stage) as file:
-        known = set(file.schema_arrow.names)
-    table = read_shard(path, stage, [name for name in columns if name in known])
-    for name in columns:
-        if name not in known:
-            table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-    return table.select(columns)
+def row_groups(path: Path, stage: str, columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of a shard, a row group at a time. Raises PipelineError where it is damaged."""
+    try:
+        with open_shard(path, stage) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, stage, error) from None
 
 
 def provenance(path: Path, stage: str) -> dict:

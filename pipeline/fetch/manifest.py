@@ -9,11 +9,13 @@ touches one shard.
 """
 
 import hashlib
+import json
 import shutil
 from glob import escape
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import PARTIAL
@@ -33,8 +35,11 @@ def image_id(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
-def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[Path]:
+def write_lists(manifest: Path, root: Path, rows_per_shard: int, folder: Path) -> list[Path]:
     """Partition a manifest into folder/NNNNN.parquet, one list per bucket, empty ones too.
+
+    There are as many buckets as rows / rows_per_shard, rounded up. Buckets differ at most twofold in
+    the hashes that they take, and one bucket more splits one bucket (linear hashing, Litwin 1980).
 
     A list's columns: row_id, image_id, url, caption, captions, label, license, boxes, mask,
     sha256_expected, occurrence (0 for the first row with its url), content and mask_content
@@ -57,12 +62,14 @@ def write_lists(manifest: Path, root: Path, buckets: int, folder: Path) -> list[
         )
         columns = _columns(connection, manifest)
         try:
-            connection.execute(_ROWS.format(buckets=buckets, **columns))
+            connection.execute(_ROWS.format(**columns))
         except duckdb.Error as error:
             raise PipelineError(
                 f"{manifest} cannot be read as a manifest: {_line(error)}"
             ) from None
-        _check(connection, manifest)
+        buckets = -(-_check(connection, manifest) // rows_per_shard)
+        half = 1 << buckets.bit_length() - 1  # the greatest power of two up to their number
+        connection.execute(_PLACED.format(buckets=buckets, half=half))
         return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
 
 
@@ -111,7 +118,8 @@ def _columns(connection, manifest: Path) -> dict[str, str]:
     return {"source": source, "captions": captions, "boxes": boxes, **plain}
 
 
-def _check(connection, manifest: Path) -> None:
+def _check(connection, manifest: Path) -> int:
+    """How many rows there are, whatever the file says of itself. Raises PipelineError as above."""
     (rows,) = connection.execute("SELECT count(*) FROM rows").fetchone()
     if not rows:
         raise PipelineError(f"{manifest} has no rows. Add images to it, one a row.")
@@ -120,6 +128,7 @@ def _check(connection, manifest: Path) -> None:
             f"{manifest}: url {bad[0]!r} has the boxes {bad[1]}. A box needs a text and numbers "
             "x0 < x1 and y0 < y1, its corners in px of the original image."
         )
+    return rows
 
 
 _BAD_BOXES = """
@@ -147,8 +156,16 @@ SELECT substr(sha256(url || chr(10) || occurrence), 1, 32) AS row_id, image_id, 
        label, license, boxes, mask, sha256_expected, occurrence,
        CASE WHEN url ILIKE 'file:%' AND occurrence = 0 THEN content(url) END AS content,
        CASE WHEN mask ILIKE 'file:%' AND occurrence = 0 THEN content(mask) END AS mask_content,
-       CAST(('0x' || image_id[1:8])::UBIGINT % {buckets} AS INTEGER) AS bucket
-FROM numbered ORDER BY bucket, image_id, occurrence
+       ('0x' || image_id[1:8])::UBIGINT AS hash
+FROM numbered
+"""
+
+_PLACED = """
+CREATE TABLE placed AS
+SELECT *, CAST(CASE WHEN hash % (2 * {half}) < {buckets} THEN hash % (2 * {half})
+                    ELSE hash % {half} END AS INTEGER) AS bucket
+FROM rows ORDER BY bucket, image_id, occurrence;
+DROP TABLE rows
 """
 
 
@@ -157,11 +174,21 @@ def _write_list(connection, bucket: int, folder: Path) -> Path:
     partial = path.with_name(path.name + PARTIAL)
     connection.execute(
         "COPY (SELECT row_id, image_id, url, captions[1] AS caption, captions, label, license, "
-        "boxes, mask, sha256_expected, occurrence, content, mask_content FROM rows "
+        "boxes, mask, sha256_expected, occurrence, content, mask_content FROM placed "
         f"WHERE bucket = {bucket} ORDER BY image_id, occurrence) "
         f"TO '{str(partial).replace(chr(39), chr(39) * 2)}' (FORMAT parquet)"
     )
     return partial.replace(path)
+
+
+def list_digest(path: Path) -> str:
+    """32 hex digits of the SHA-256 of a list's rows: the same whatever library wrote the file."""
+    found = hashlib.sha256()
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()[:32]
 
 
 def _content_of(root: Path):

@@ -3,6 +3,7 @@
 Only stage one and what looks at the teacher import this; training never does.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ FAITHFUL = 0.999  # least cosine per row between bfloat16 and float32
 
 
 class Teacher:
-    """open_clip's two towers, frozen, at float32 until `use` lowers them.
+    """open_clip's two towers, frozen, at float32 unless `lowered`.
 
     preprocessing: the model's own; embedding_size: E.
 
@@ -63,21 +64,28 @@ class Teacher:
         """S, px."""
         return self.preprocessing.image_size
 
-    def use(self, dtype: torch.dtype, pixels: np.ndarray, texts: list[str]) -> dict[str, float]:
-        """Go over to dtype; returns the least cosine to float32 on these images and texts.
+    def lowered(self, dtype: torch.dtype) -> "Teacher":
+        """The same teacher in another dtype; this one stays as it is."""
+        if dtype == self.dtype:
+            return self
+        other = copy.copy(self)
+        other.model, other.dtype = copy.deepcopy(self.model).to(dtype), dtype
+        return other
 
-        pixels: (B, S, S, 3) uint8. Raises PipelineError below FAITHFUL.
+    def least_cosine(self, exact: "Teacher", tower: str, inputs: np.ndarray | list[str]) -> float:
+        """The least cosine of a tower's vectors of these inputs to those of the exact teacher.
+
+        tower: image or text. Raises PipelineError below FAITHFUL.
         """
-        if dtype == torch.float32:
-            return {}
-        exact = {"image": self.embed_images(pixels), "text": self.embed_texts(texts)}
-        self.model, self.dtype = self.model.to(dtype), dtype
-        lowered = {"image": self.embed_images(pixels), "text": self.embed_texts(texts)}
-        cosine = {k: float((exact[k] * lowered[k]).sum(1).min(initial=1)) for k in exact}
-        if min(cosine.values()) < FAITHFUL:
+        mine, theirs = (
+            teacher.embed_images(inputs) if tower == "image" else teacher.embed_texts(inputs)
+            for teacher in (self, exact)
+        )
+        cosine = float((mine * theirs).sum(1).min(initial=1))
+        if cosine < FAITHFUL:
             raise PipelineError(
-                f"in {dtype} this teacher drifts to a cosine of {cosine} from float32 (at least "
-                f"{FAITHFUL} is wanted). Set `teacher_embed.dtype: float32`."
+                f"in {self.dtype} this teacher's {tower} tower drifts to a cosine of {cosine:.5f} "
+                f"from float32 (at least {FAITHFUL} is wanted). Set `teacher_embed.dtype: float32`."
             )
         return cosine
 

@@ -14,7 +14,7 @@ from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.threads import ahead
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.data.shards import embedding_column, open_shard, to_float16
+from pipeline.data.shards import embedding_column, open_shard, read_shard, to_float16
 from pipeline.data.views import View, canonical_view, random_view, view_pixels
 from pipeline.models.teacher import Teacher
 
@@ -49,6 +49,16 @@ def view_tables(
             on_images(len(batch))
     size = teacher.embedding_size
     return [_table(rows, v, known, size) for v in range(config.views) for rows in groups]
+
+
+def good_shas(shard: Path) -> set[str]:
+    """SHA-256 of the JPEG of each good image of a shard."""
+    table = read_shard(shard, "download", ["status", "sha256"])
+    return {
+        sha256
+        for status, sha256 in zip(*(column.to_pylist() for column in table.columns), strict=True)
+        if status == "ok"
+    }
 
 
 def text_vectors(

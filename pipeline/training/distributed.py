@@ -12,18 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.core.devices import pick_device
 from pipeline.core.errors import PipelineError
-
-
-def own_device(name: str) -> torch.device:
-    """The device that this process works on: under torchrun its own GPU, and no other is opened.
-
-    Raises PipelineError for a device that cannot be used.
-    """
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return pick_device(name)
 
 
 class Ranks:

@@ -148,9 +148,8 @@ def _recomputed(data: Path, stamp: Stamp, connection, share: float, teacher) -> 
         return teacher.embed_texts([*(row[2] for row in rows), *[""] * (batch - len(rows))])
 
     summary = summary_of(stamp)
-    batch, size = summary.batch, teacher.image_size
-    grey = np.full((1, size, size, 3), 128, np.uint8)
-    teacher.use(getattr(torch, summary.dtype), grey, ["a photo"])
+    batch = summary.batch
+    teacher = teacher.lowered(getattr(torch, summary.dtype))
     for table, key, sql, embed in (
         ("teacher", "image_id", IMAGES, embed_images),
         ("texts", "text_id", TEXTS, embed_texts),

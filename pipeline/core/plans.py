@@ -1,0 +1,155 @@
+"""A plan carried out in a store: which of its shards are there, what earlier runs left to reuse, and
+how finished shards become a stage's out.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Protocol
+
+from pipeline.core.dvc_cache import locked_out
+from pipeline.core.errors import PipelineError
+from pipeline.core.layout import STAGES, STAMP_FILE, STORE, WORK
+from pipeline.core.outs import make_stamp, place_out
+from pipeline.core.provenance import read_stamp, sealed
+from pipeline.core.records import Entry, Plan, Stamp, StoredFile
+from pipeline.core.store import Store, entry_of, may_live, process_name
+from pipeline.core.terminal import say
+
+
+class Maker(Protocol):
+    """What knows how the shards of a plan are made."""
+
+    def make(self, names: Iterable[str]) -> Iterator[Entry]:
+        """Each of these shards, as soon as it is in the store. Any number of processes may do so at
+        once, on any machine, without a lock."""
+
+    def is_settled(self, entry: Entry) -> bool:
+        """Whether an entry of an earlier round needs nothing in the plan's round."""
+
+
+def store_of(data: Path, stage: str) -> Store:
+    """The store of a stage on this disk."""
+    return Store(data / STORE / STAGES[stage].folder)
+
+
+def carry_out(
+    plan: Plan,
+    maker: Maker,
+    store: Store,
+    data: Path,
+    share: Callable[[list[str]], list[str]] | None = None,
+) -> dict[str, Entry]:
+    """Make what is missing of a plan; its finished shards by name.
+
+    share: all names, sorted -> those that are this process's to make, where it is one of many.
+    """
+    entries = finished(plan, store, maker)
+    if len(entries) < len(plan.parts):
+        bring_in(data, plan.stage, store)
+        entries = finished(plan, store, maker)
+    names = sorted(part.name for part in plan.parts)
+    mine = share(names) if share else names
+    for entry in maker.make([name for name in mine if name not in entries]):
+        entries[entry.name] = entry
+    return entries
+
+
+def finished(plan: Plan, store: Store, maker: Maker) -> dict[str, Entry]:
+    """Shard name -> the entry that a plan takes for it: the newest round, then the most good rows,
+    then the smaller digest. A shard that is missing, or not settled in the plan's round, has none.
+    """
+    wanted = {(part.name, part.origin) for part in plan.parts}
+    made = defaultdict(list)
+    for entry in store.entries():
+        if (entry.name, entry.origin) in wanted:
+            made[entry.name].append(entry)
+    found = {}
+    for name, entries in made.items():
+        entries.sort(key=lambda entry: (-entry.round, -entry.good, entry.sha256))
+        best = next(filter(store.sound, entries), None)
+        if best is not None and (best.round >= plan.round or maker.is_settled(best)):
+            found[name] = best
+    return found
+
+
+def bring_in(data: Path, stage: str, store: Store) -> None:
+    """Link into the store what an earlier run published: the out, and the out that dvc.lock names in
+    DVC's cache, for DVC deletes outs before it runs a stage. Says what dvc.lock names in vain.
+    """
+    folder = STAGES[stage].folder
+    with suppress(PipelineError):
+        stamp = read_stamp(data / folder, stage)
+        _adopt(store, stamp, {name: data / folder / name for name in stamp.files})
+    locked = locked_out(data, folder)
+    if locked is None:
+        return
+    digest, files = locked
+    lost = [name for name, path in files.items() if not path.is_file()]
+    if lost or not files:
+        what = f"{len(lost)} of its {len(files)} files" if files else "the list of its files"
+        say(
+            f"note: dvc.lock names data/{folder} ({digest[:8]}), but DVC's cache lacks {what}. "
+            f"`dvc fetch {stage}` brings them back where a remote has them; what is nowhere here "
+            "is made again.",
+            err=True,
+        )
+    with suppress(OSError, KeyError, ValueError):
+        values = json.loads(files[STAMP_FILE].read_text())
+        if sealed(values) == values:
+            _adopt(store, Stamp.model_validate(values), files)
+
+
+def _adopt(store: Store, stamp: Stamp, files: dict[str, Path]) -> None:
+    """Link a published stage's shards into the store."""
+    shards = [(name, file) for name, file in stamp.files.items() if file.stored]
+    for name, file in shards:
+        if name in files and files[name].is_file():
+            store.adopt(files[name], entry_of(file.stored, file.bytes))
+    if shards:
+        store.note(stamp)
+
+
+def publish(
+    plan: Plan, store: Store, data: Path, entries: dict[str, Entry], summary: dict[str, Any]
+) -> Stamp:
+    """Make the out exactly the plan's shards and their stamp, by links; nothing is hashed again.
+
+    What earlier published stamps named and this one does not is removed from the store, and what
+    lost against a shard of this one; what was never published stays.
+    """
+    files = {
+        name: StoredFile(sha256=entry.sha256, bytes=entry.bytes, stored=entry.stored)
+        for name, entry in entries.items()
+    }
+    stamp = make_stamp(plan.stage, plan.recipe, files, summary)
+    sources = {name: store.path(entry) for name, entry in entries.items()}
+    noted = store.note(stamp)
+    out = data / STAGES[plan.stage].folder
+    place_out(data, plan.stage, out, sources | {STAMP_FILE: noted})
+    store.supersede(stamp)
+    store.sweep()
+    return stamp
+
+
+@contextmanager
+def scratch_folder(data: Path, stage: str) -> Iterator[Path]:
+    """A folder of this process alone below data/.work. It goes when the work has ended; those of
+    processes that were killed go now.
+    """
+    room = data / WORK / stage
+    folder = room / f"run-{process_name()}"
+    for other in room.glob("run-*"):
+        with suppress(FileNotFoundError):
+            if not may_live(other.name, time.time() - other.stat().st_mtime):
+                rmtree(other, ignore_errors=True)
+    rmtree(folder, ignore_errors=True)  # of an earlier process with our number
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        rmtree(folder, ignore_errors=True)

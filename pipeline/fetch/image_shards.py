@@ -1,0 +1,286 @@
+"""One shard of data/images: rows of a list, each with its image, fetched or reused, or its status.
+
+Nothing here takes a lock or knows of other shards, so that any number of processes may make shards
+of one plan at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline.core.config import DownloadConfig
+from pipeline.core.provenance import digest, libraries
+from pipeline.core.records import Entry, Part, Plan, Recipe
+from pipeline.core.store import Store
+from pipeline.data import shards
+from pipeline.data.earlier import EarlierRows
+from pipeline.fetch import decoding, manifest, masks, policy
+from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
+
+STAGE = "download"
+JUDGED = (
+    *("status", "error", "attempts", "width", "height", "original_width", "original_height"),
+    *("original_bytes", "sha256_original", "sha256"),
+)
+IMAGE_FACTS = (*JUDGED, "jpg")
+LISTED = (
+    *("row_id", "image_id", "url", "caption", "captions", "label", "license"),
+    "sha256_expected",
+)  # what a row takes from its manifest as it is
+NO_IMAGE = dict.fromkeys(IMAGE_FACTS)
+NOT_OF_A_FETCH = {"manifest", "root", "rows_per_shard", "round", "image_size", "quality"}
+
+
+def plan_images(config: DownloadConfig, lists: list[Path]) -> Plan:
+    """The shards that a manifest's lists (NNNNN.parquet) ask for, and the origin of each.
+
+    A shard that keeps its list keeps its origin, however many others there are.
+    """
+    contents = {path.name: manifest.list_digest(path) for path in lists}
+    versions = {"shards": shards.VERSION, "masks": masks.VERSION}
+    decides = {"rules": _rules(config), "pixels": _pixels(config), "versions": versions}
+    return Plan(
+        stage=STAGE,
+        recipe=Recipe(
+            parameters=config.model_dump(exclude={"manifest", "root", "rows_per_shard"}),
+            versions=versions
+            | {
+                "manifest": manifest.VERSION,
+                "policy": policy.VERSION,
+                "pixels": decoding.VERSION,
+            },
+            inputs={"lists": contents},
+        ),
+        parts=tuple(
+            Part(name=name, origin=digest(decides | {"list": content}))
+            for name, content in contents.items()
+        ),
+        round=config.round,
+    )
+
+
+def _rules(config: DownloadConfig) -> dict:
+    """What decides whether a fetch succeeds."""
+    fields = config.model_dump(exclude=NOT_OF_A_FETCH)
+    return fields | {"manifest": manifest.VERSION, "policy": policy.VERSION}
+
+
+def _pixels(config: DownloadConfig) -> dict:
+    """What decides the bytes of a stored image."""
+    return {
+        "image_size": config.image_size,
+        "quality": config.quality,
+        "pixels": decoding.VERSION,
+    }
+
+
+class ImageShards:
+    """How the shards of a plan are made in a store.
+
+    lists: folder of the manifest's lists; scratch: a folder of this process alone.
+    """
+
+    def __init__(
+        self, config: DownloadConfig, plan: Plan, store: Store, lists: Path, scratch: Path,
+        processes: int, threads: int,
+    ):  # fmt: skip
+        self.config, self.plan, self.store, self.lists = config, plan, store, lists
+        self.scratch, self.processes, self.threads = scratch, processes, threads
+        self.origins = {part.name: part.origin for part in plan.parts}
+
+    def is_settled(self, entry: Entry) -> bool:
+        """Whether a shard of an earlier round has nothing that a retry would ask for."""
+        statuses = shards.read_shard(self.store.path(entry), STAGE, ["status"])["status"]
+        return not RETRYABLE.intersection(statuses.to_pylist())
+
+    def make(self, names: Iterable[str]) -> Iterator[Entry]:
+        """Each shard as soon as it is finished and in the store, in no particular order."""
+        earlier = _EarlierImages(self.store, self.config)
+        wanted, total, batches = self.scratch / "wanted", 0, {}
+        wanted.mkdir()
+        waiting: dict[str, list[dict]] = {}
+        for name in names:
+            rows = self._rows(name)
+            known = earlier.facts(rows, JUDGED)
+            missing = [row for row in rows if _has_image(row) and row["image_id"] not in known]
+            total += len(missing)
+            if not missing:
+                yield self._commit(name, rows, earlier.facts(rows, IMAGE_FACTS))
+                continue
+            waiting[name] = missing
+            if 2 * sum(map(len, waiting.values())) > self.config.rows_per_shard:
+                batches[_write_wanted(wanted, waiting)] = list(waiting)
+                waiting = {}
+        if waiting:
+            batches[_write_wanted(wanted, waiting)] = list(waiting)
+        if not batches:
+            return
+        with tqdm(total=total, unit="image", desc=STAGE, smoothing=0.05) as bar:
+            for raw in fetch_lists(
+                wanted, self.scratch / "raw", self._fetch_rules(), self.processes, self.threads
+            ):
+                came = {row["image_id"]: row for row in pq.read_table(raw).to_pylist()}
+                for name in batches[raw.name]:
+                    rows = self._rows(name)
+                    known = earlier.facts(rows, IMAGE_FACTS)
+                    fetched = dict(self._fetched(rows, known, came, earlier))
+                    yield self._commit(name, rows, known | fetched)
+                    bar.update(len(fetched))
+                raw.unlink()
+
+    def _rows(self, name: str) -> list[dict]:
+        return pq.read_table(self.lists / name).to_pylist()
+
+    def _fetched(self, rows, known, came, earlier) -> Iterator[tuple[str, dict]]:
+        """(image_id, facts) of every image that is not known; what img2dataset lost is a row too."""
+        asked = [row for row in rows if _has_image(row) and row["image_id"] not in known]
+        tried = earlier.attempts(row["image_id"] for row in asked)
+        for key in (row["image_id"] for row in asked):
+            row = came.get(key, {"status": None, "error_message": "lost: no row came back"})
+            yield key, _facts(row) | {"attempts": tried.get(key, 0) + 1}
+
+    def _fetch_rules(self) -> FetchRules:
+        config = self.config
+        return FetchRules(
+            timeout_s=config.timeout,
+            retries=config.retries,
+            max_bytes=config.max_bytes,
+            max_pixels=config.max_pixels,
+            max_redirects=config.max_redirects,
+            per_host=config.per_host,
+            allow=tuple(config.allow),
+            root=Path(config.root).resolve(),
+            respect_robots=config.robots,
+            image_size=config.image_size,
+            quality=config.quality,
+        )
+
+    def _commit(self, name: str, rows: list[dict], facts: dict[str, dict]) -> Entry:
+        """Write one canonical shard: the list's rows, each with its image or its status."""
+        root = Path(self.config.root)
+        complete = [_row(row, facts, root) for row in rows]
+        table = pa.Table.from_pylist(complete, schema=shards.IMAGES)
+        made = {
+            "stage": STAGE,
+            "rules": _rules(self.config),
+            "pixels": _pixels(self.config),
+            "list": self.plan.recipe.inputs["lists"][name],
+            "libraries": libraries("img2dataset", "pillow", "pyarrow"),
+        }
+        return self.store.commit(
+            name,
+            self.origins[name],
+            self.plan.round,
+            sum(row["status"] == "ok" for row in complete),
+            lambda path: shards.write_shard(path, shards.IMAGES, shards.in_groups(table), made),
+        )
+
+
+class _EarlierImages:
+    """What shards of earlier runs say of images, where they were stored by the same rules."""
+
+    def __init__(self, store: Store, config: DownloadConfig):
+        self.rules, self.round = _rules(config), config.round
+        files = {}
+        newest_first = sorted(store.entries(), key=lambda e: (-e.round, -store.time(e)))
+        for entry in filter(store.sound, newest_first):
+            made = shards.provenance(store.path(entry), STAGE)
+            if made["pixels"] == _pixels(config):
+                files[store.path(entry)] = made | {"round": entry.round}
+        self.rows = EarlierRows(files, "image_id", STAGE, shards.IMAGES)
+
+    def facts(self, rows: list[dict], columns: Iterable[str]) -> dict[str, dict]:
+        """By image_id, what is known of these rows of a list and still true.
+
+        An image that is there stays, whatever became of its host. A failure stays where the same
+        rules led to it, unless it may succeed now and a newer round asks for that.
+        """
+        asked = {row["image_id"]: row for row in rows if _has_image(row)}
+        known: dict[str, dict] = {}
+        for made, table in self.rows.find(asked, list(columns)):
+            for facts in table.to_pylist():
+                key = facts.pop("image_id")
+                better = key not in known or (facts["status"] == "ok" != known[key]["status"])
+                if facts["attempts"] and better and self._still_true(asked[key], facts, made):
+                    known[key] = facts | ({"error": None} if facts["status"] == "ok" else {})
+        return known
+
+    def _still_true(self, row: dict, facts: dict, made: dict) -> bool:
+        if facts["status"] == "ok":
+            local = row["url"][:5].lower() == "file:"
+            return not local or row["content"] == facts["sha256_original"]
+        final = facts["status"] not in RETRYABLE or made["round"] >= self.round
+        return final and made["rules"] == self.rules and row["content"] is None
+
+    def attempts(self, keys: Iterable[str]) -> dict[str, int]:
+        """How often images were asked for that may still be had."""
+        tried: dict[str, int] = {}
+        for _, table in self.rows.find(keys, ["status", "attempts"]):
+            for row in table.to_pylist():
+                if row["status"] in RETRYABLE:
+                    tried[row["image_id"]] = max(tried.get(row["image_id"], 0), row["attempts"])
+        return tried
+
+
+def _has_image(row: dict) -> bool:
+    """False for rows that are settled without a fetch."""
+    return bool(row["url"].strip()) and row["occurrence"] == 0
+
+
+def _write_wanted(folder: Path, waiting: dict[str, list[dict]]) -> str:
+    """One list for the fetcher of what several shards lack: it starts processes every few lists.
+
+    Returns its name, that of its first shard.
+    """
+    missing = [row for rows in waiting.values() for row in rows]
+    columns = {name: [row[name] for row in missing] for name in ("image_id", "url")}
+    name = next(iter(waiting))
+    pq.write_table(pa.table(columns), folder / name)
+    return name
+
+
+def _facts(row: dict) -> dict:
+    """A row as img2dataset left it -> what we store of it."""
+    if row["status"] != "success":
+        status, detail = split_error(row["error_message"])
+        return NO_IMAGE | {"status": status, "error": detail}
+    sizes = ("width", "height", "original_width", "original_height")
+    return NO_IMAGE | {
+        "status": "ok",
+        "original_bytes": int(json.loads(row["exif"])[SIZE]),
+        "sha256_original": row["sha256"],
+        "sha256": hashlib.sha256(row["jpg"]).hexdigest(),
+        **{name: row[name] for name in ("jpg", *sizes)},
+    }
+
+
+def _row(row: dict, known: dict[str, dict], root: Path) -> dict:
+    if not row["url"].strip():
+        facts = NO_IMAGE | {"status": "empty_url", "error": "the manifest row has no url"}
+    elif row["occurrence"]:
+        facts = NO_IMAGE | {"status": "duplicate_url", "error": "an earlier row has this url"}
+    else:
+        facts = known[row["image_id"]]
+    made = {name: row[name] for name in LISTED} | facts
+    made["boxes"] = _scaled(row["boxes"], facts)
+    if row["mask"] and facts["status"] == "ok":
+        try:
+            made["mask"] = masks.stored_mask(row["mask"], root, facts)
+        except masks.MaskError as error:  # the image is good all the same
+            made["error"] = f"mask: {error}"
+    return made
+
+
+def _scaled(boxes: list[dict] | None, facts: dict) -> list[dict] | None:
+    """Boxes in px of the original image -> px of the stored one."""
+    if boxes is None or facts["status"] != "ok":
+        return None
+    x = facts["width"] / facts["original_width"]
+    y = facts["height"] / facts["original_height"]
+    scale = {"x0": x, "y0": y, "x1": x, "y1": y}
+    return [{"text": b["text"]} | {c: b[c] * s for c, s in scale.items()} for b in boxes]
