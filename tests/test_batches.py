@@ -6,8 +6,10 @@ import shutil
 import signal
 
 import numpy as np
+import psutil
 import pytest
 import stored
+import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
@@ -270,6 +272,36 @@ def test_a_loader_process_that_is_killed_ends_the_run_clearly(data):
             for _ in batches:
                 pass
     assert not multiprocessing.active_children()
+
+
+def test_loader_processes_end_with_a_parent_that_is_killed_while_they_start(data):
+    parent = worlds.run_code(
+        """
+        import sys
+        from pathlib import Path
+        from pipeline.training.batches import GivenOrder, Loader
+        from pipeline.training.dataset import Dataset
+
+        if __name__ == "__main__":
+            rows = Dataset(Path(sys.argv[1]), "train", 32, "bicubic")
+            with Loader(rows, GivenOrder(range(10), 2), 0, 2, 2, processes=True) as loader:
+                filled = loader._by_processes(iter([(0, 0)] * 10))
+                import threading, time
+                threading.Thread(target=lambda: next(filled), daemon=True).start()
+                import multiprocessing
+                while len(multiprocessing.active_children()) < 2:
+                    time.sleep(0.01)
+                print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+                time.sleep(60)
+        """,
+        data,
+    )
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2, parent.stderr.read()
+    parent.kill()
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=300)
+    assert len(gone) == 2 and not alive
 
 
 def test_an_error_in_a_loader_process_keeps_its_words(tmp_path):

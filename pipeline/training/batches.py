@@ -8,7 +8,10 @@ Threads start at once and suit a CPU, whose steps take longer than Python holds 
 (torch's DataLoader: started once, watched, in order) keep a GPU fed: benchmarks/README.md.
 """
 
+import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -156,6 +159,7 @@ class Loader:
         loader = DataLoader(
             self.filler, batch_size=None, sampler=wanted, num_workers=self.parts,
             collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context="spawn",
+            worker_init_fn=_end_with_parent,
         )  # fmt: skip
         try:
             yield from loader
@@ -278,6 +282,17 @@ def _handed_over(batch: Batch, copied, working, queued: list) -> Iterator[Batch]
 
 def _as_it_is(item):
     return item
+
+
+def _end_with_parent(_) -> None:
+    """A worker whose parent was killed ends; torch's own watch misses a parent that died early."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_shared_memory(needed: int) -> None:
