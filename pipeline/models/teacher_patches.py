@@ -1,7 +1,9 @@
-"""What the teacher's image tower says of single patches, for pictures only: nothing is trained on it.
+"""What the teacher's image tower says of single patches: to look at and to compare with, nothing is
+trained on it.
 
-For open_clip's own ViT (`open_clip.transformer.VisionTransformer`), as CLIP's are; other towers
-(ResNet, timm's) have no class token whose attention could be read here.
+`teacher_view` is for open_clip's own ViT (`open_clip.transformer.VisionTransformer`), as CLIP's
+are; other towers (ResNet, timm's) have no class token whose attention could be read here.
+`dense_patches` is for those and for CLIP's ResNets.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,10 @@ from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.models.open_clip import open_clip
 from pipeline.models.patches import PatchView
+from pipeline.models.sizes import positions_for
 from pipeline.models.teacher import Teacher
+
+RESNET_STRIDE = 32  # px of the image for each position before CLIP's attention pool
 
 
 @torch.inference_mode()
@@ -65,6 +70,56 @@ def row_viewer(teacher: Teacher) -> Callable[[Sample], PatchView]:
         return teacher_view(teacher, view_pixels(image, sample.box, sample.flip, size, how))
 
     return view
+
+
+def dense_size(teacher: Teacher, grid: int) -> int:
+    """The least image size (px) whose grid of positions is no coarser than grid, nor the teacher's
+    own. Raises PipelineError for a tower that is neither a plain ViT nor CLIP's ResNet.
+    """
+    tower = teacher.model.visual
+    if isinstance(tower, open_clip.modified_resnet.ModifiedResNet):
+        return max(teacher.image_size, RESNET_STRIDE * grid)
+    _last_block(teacher)
+    return max(tower.grid_size[0], grid) * tower.patch_size[0]
+
+
+@torch.inference_mode()
+def dense_patches(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
+    """(B, S, S, 3) uint8, S from `dense_size` -> (B, g, g, E) float32, unit length.
+
+    The last attention, a block's or a ResNet's pool, gives each position its own value and the
+    output projection instead of a mixture of all: MaskCLIP's way (Zhou et al. 2022, section 3.2).
+    Where the grid is finer than the one the teacher was trained on, its positions are interpolated.
+    """
+    tower, x = teacher.model.visual, teacher.normalised(pixels)
+    dense = _resnet_patches if hasattr(tower, "attnpool") else _vit_patches
+    patches = dense(tower, x)  # (B, N, E)
+    grid = round(patches.shape[1] ** 0.5)
+    return F.normalize(patches.float(), dim=-1).cpu().numpy().reshape(len(x), grid, grid, -1)
+
+
+def _resnet_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    for layer in (tower.stem, tower.layer1, tower.layer2, tower.layer3, tower.layer4):
+        x = layer(x)
+    pool, tokens = tower.attnpool, x.flatten(2).transpose(1, 2)  # (B, N, W)
+    positions = positions_for(pool.positional_embedding[1:].float(), x.shape[-1])
+    return pool.c_proj(pool.v_proj(tokens + positions.to(tokens.dtype)))
+
+
+def _vit_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = tower.conv1(x)  # (B, W, g, g)
+    positions = positions_for(tower.positional_embedding[1:].float(), x.shape[-1]).to(x.dtype)
+    first = tower.class_embedding.to(x.dtype) + tower.positional_embedding[:1].to(x.dtype)
+    tokens = x.flatten(2).transpose(1, 2) + positions
+    x = tower.ln_pre(torch.cat([first.expand(len(x), 1, -1), tokens], dim=1))
+    *below, last = tower.transformer.resblocks
+    for block in below:
+        x = block(x)
+    tokens = x[:, 1:]
+    value = last.attn.in_proj_weight.chunk(3)[2], last.attn.in_proj_bias.chunk(3)[2]
+    tokens = tokens + last.ls_1(last.attn.out_proj(F.linear(last.ln_1(tokens), *value)))
+    tokens = tower.ln_post(tokens + last.ls_2(last.mlp(last.ln_2(tokens))))
+    return tokens if tower.proj is None else tokens @ tower.proj
 
 
 def _last_block(teacher: Teacher) -> nn.Module:
