@@ -30,7 +30,7 @@ def bilinear(values: np.ndarray, y: float, x: float) -> float:
 
     def line(at: float, length: int) -> tuple[int, int, float]:
         at = min(max(at - 0.5, 0.0), length - 1.0)
-        first = int(math.floor(at))
+        first = math.floor(at)
         return first, min(first + 1, length - 1), at - first
 
     y0, y1, down = line(y, values.shape[0])

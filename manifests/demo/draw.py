@@ -2,7 +2,8 @@
 
 Run:   python draw.py            (dvc runs it as stage `world`)
 Makes: world/images/NNNNN.jpg    one to three plain shapes anywhere on a textured grey background
-       world/scenes.parquet      one row per scene: url, caption, label, boxes
+       world/masks/NNNNN.png     which pixel shows which object: 0 is background, 1 to 36 TEXTS
+       world/scenes.parquet      one row per scene: url, caption, label, boxes, mask
 Cost:  about 6 s.
 
 A caption lists the scene's objects ("a small red circle and a large blue ring") and no two scenes
@@ -44,6 +45,7 @@ SHAPES = {
 SIZES = {"small": (0.27, 0.34), "large": (0.42, 0.52)}  # side of the box / side of the scene
 OBJECT_COUNTS = {1: 0.02, 2: 0.4, 3: 0.58}  # objects in a scene: how often
 COLOUR_JITTER, NOISE = 18, 5  # of 255
+TEXTS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]  # the classes, from 1
 SUBSAMPLES = 4  # per pixel and axis, for smooth edges
 
 SCHEMA = pa.schema(
@@ -60,6 +62,7 @@ SCHEMA = pa.schema(
                 )
             ),
         ),
+        ("mask", pa.string()),
     ]
 )
 
@@ -149,6 +152,16 @@ def paint(canvas: np.ndarray, things: list[Thing], rng: np.random.Generator) -> 
     return canvas.clip(0, 255).round().astype(np.uint8)
 
 
+def mask_of(things: list[Thing], size: int) -> np.ndarray:
+    """(size, size) uint8: an object's class where it covers at least half of a pixel, else 0."""
+    mask = np.zeros((size, size), np.uint8)
+    for thing in things:
+        covered = coverage(thing.shape, thing.side)[..., 0] >= 0.5
+        box = mask[thing.y : thing.y + thing.side, thing.x : thing.x + thing.side]
+        box[covered] = TEXTS.index(thing.text) + 1
+    return mask
+
+
 def scenes(seed: int, count: int, size: int) -> Iterator[tuple[np.ndarray, list[Thing]]]:
     """`count` pictures (size, size, 3) uint8 with their objects; no two hold the same objects."""
     rng = np.random.default_rng(seed)
@@ -161,25 +174,28 @@ def scenes(seed: int, count: int, size: int) -> Iterator[tuple[np.ndarray, list[
             yield paint(background(rng, size), things, rng), things
 
 
-def row_of(url: str, things: list[Thing]) -> dict:
+def row_of(name: str, things: list[Thing]) -> dict:
     """One row of the manifest; the label is the shape of the largest object."""
     sides = [
         {"text": t.text, "x0": t.x, "y0": t.y, "x1": t.x + t.side, "y1": t.y + t.side}
         for t in things
     ]
     label = max(things, key=lambda thing: thing.side).shape
-    return {"url": url, "caption": caption(things), "label": label, "boxes": sides}
+    files = {"url": f"file:images/{name}.jpg", "mask": f"file:masks/{name}.png"}
+    return files | {"caption": caption(things), "label": label, "boxes": sides}
 
 
 def draw_world(folder: Path, seed: int, count: int, size: int) -> None:
-    """Write folder/images/*.jpg and folder/scenes.parquet: same arguments, same bytes."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    """Write images, masks and scenes.parquet into folder: same arguments, same bytes."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (pixels, things) in enumerate(scenes(seed, count, size), start=1):
-        path = folder / "images" / f"{number:05}.jpg"
+        name = f"{number:05}"
         # Full-resolution colour: the usual halving would smear a small shape's colour.
-        Image.fromarray(pixels).save(path, quality=92, subsampling=0)
-        rows.append(row_of(f"file:images/{path.name}", things))
+        Image.fromarray(pixels).save(folder / f"images/{name}.jpg", quality=92, subsampling=0)
+        Image.fromarray(mask_of(things, size)).save(folder / f"masks/{name}.png")
+        rows.append(row_of(name, things))
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "scenes.parquet")
 
 

@@ -209,7 +209,7 @@ def coverage(masks: list[np.ndarray], grid: int, count: int) -> np.ndarray:
     as a student's cosines are, and the largest wins.
     """
     found = []
-    for rows, truth in same_size_chunks(masks):
+    for _, truth in same_size_chunks(masks):
         parts = []
         for one in truth:  # K maps of a mask's size at a time
             maps = torch.stack([one == label for label in range(count)]).float()[None]
