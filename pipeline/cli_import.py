@@ -25,6 +25,43 @@ def import_folder(
     )
 
 
+@imports.command("voc")
+def import_voc(
+    folder: Annotated[Path, typer.Argument(help="VOCdevkit/VOC2012, as it is published.")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
+    split: Annotated[str, typer.Option(help="train, val or trainval.")] = "trainval",
+) -> None:
+    """Write a manifest of Pascal VOC's images with their segmentation masks."""
+    from pipeline.fetch.segmentation_folders import write_voc_manifest
+
+    count = write_voc_manifest(folder, out, split)
+    settings = (
+        "classes: manifests/prompts/voc-classes.txt, background: threshold, zero_is: background"
+    )
+    _masks_written(count, out, folder, settings)
+
+
+@imports.command("ade20k")
+def import_ade20k(
+    folder: Annotated[Path, typer.Argument(help="ADEChallengeData2016, as it is published.")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
+    classes: Annotated[Path, typer.Option(help="Class file to write.")],
+) -> None:
+    """Write a manifest of ADE20K's images with their masks, and its class file."""
+    from pipeline.fetch.segmentation_folders import write_ade20k_manifest
+
+    count = write_ade20k_manifest(folder, out, classes)
+    _masks_written(count, out, folder, f"classes: {classes}, background: none, zero_is: ignore")
+
+
+def _masks_written(count: int, out: Path, folder: Path, settings: str) -> None:
+    typer.echo(
+        f"{out}: {count} images with masks. In params.yaml set download.manifest: {out}, "
+        f"download.root: {folder}, and in evaluate.segmentation {settings}. The prompts of the class "
+        "file belong into the list that teacher_embed.prompts names, a prompt a line."
+    )
+
+
 @imports.command("teacher")
 def import_teacher(
     model: Annotated[str, typer.Argument(help="open_clip model name, or local-dir:FOLDER.")],

@@ -1,7 +1,8 @@
 """data/student + stored teacher vectors -> data/evaluation: figures, index, plots, report.
 
 Run:   pipeline evaluate
-Cost:  the student's forward pass over all kept images, once; the teacher's weights are not needed.
+Cost:  the student's forward pass over all kept images, once; the teacher's weights are not needed
+       (where images have masks and the weights are here, its dense features are judged too).
 """
 
 import csv
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.devices import pick_device
+from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
     contents,
@@ -41,7 +43,9 @@ from pipeline.evaluation.retrieval import (
     near_training_images,
     text_retrieval,
 )
+from pipeline.evaluation.segmented_split import DenseTeacher, has_masks, segmentation_figures
 from pipeline.evaluation.zero_shot import zero_shot_figures
+from pipeline.explore.query_vectors import Queries
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
 from pipeline.models.student import Student, read_card
@@ -85,8 +89,11 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
 
 
 def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
+    classes = Path(config.segmentation.classes)
+    named = {"templates": read_templates(Path(config.templates))}
+    named["classes"] = classes.read_text() if classes.is_file() else None  # asked for with masks
     return Recipe(
-        parameters=config.model_dump() | {"templates": read_templates(Path(config.templates))},
+        parameters=config.model_dump() | named,
         versions={"evaluate": VERSION, "shards": shards.VERSION},
         inputs=contents(require_inputs(data, STAGE)),
     )
@@ -162,8 +169,33 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
         "box_search": box_search_figures(data, work.folder / "index"),
         "pointing": pointing_figures(data, config.split, student, config.batch, workers),
         "zero_shot": zero_shot_figures(data, ids, found, teacher, templates),
+        "segmentation": _segmentation(config, data, student, workers),
     }
     return {name: group for name, group in figures.items() if group != {}}
+
+
+def _segmentation(config: EvaluateConfig, data: Path, student: Student, workers: int) -> dict:
+    """mIoU where images have masks, or {}."""
+    if not has_masks(data):
+        return {}
+    queries = Queries(data, Path(config.segmentation.card))
+    grid = config.segmentation.image_size // student.config.patch_size
+    return segmentation_figures(
+        data, config.split, config.segmentation, student, lambda text: queries.text(text).teacher,
+        _dense_teacher(queries, grid), config.batch, workers,
+    )  # fmt: skip
+
+
+def _dense_teacher(queries: Queries, grid: int) -> DenseTeacher | str:
+    """The teacher on a grid no coarser than the student's, or why it is left out."""
+    try:
+        if (teacher := queries.teacher) is None:
+            return queries.no_teacher
+        from pipeline.models.teacher_patches import dense_patches, dense_size
+
+        return DenseTeacher(dense_size(teacher, grid), partial(dense_patches, teacher))
+    except PipelineError as error:
+        return str(error)
 
 
 def _retrieval_csv(figures: dict) -> str:

@@ -24,7 +24,11 @@ def distill_config(**changes) -> DistillConfig:
 
 def evaluate_config() -> EvaluateConfig:
     return EvaluateConfig(
-        split="test", batch=16, prompts=["a red circle"], templates=str(worlds.TEMPLATES)
+        split="test",
+        batch=16,
+        prompts=["a red circle"],
+        templates=str(worlds.TEMPLATES),
+        segmentation=worlds.segmentation(),
     )
 
 

@@ -96,5 +96,5 @@ def distill_config() -> DistillConfig:
 
 def evaluate_config(**changes) -> EvaluateConfig:
     values = {"split": "test", "batch": 8, "prompts": ["a red circle", "never embedded"]}
-    values |= {"templates": str(worlds.TEMPLATES)}
+    values |= {"templates": str(worlds.TEMPLATES), "segmentation": worlds.segmentation()}
     return EvaluateConfig(**values | changes)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pipeline.models.open_clip import open_clip
 
@@ -103,6 +104,26 @@ def test_boxes_lie_inside_the_image_that_their_row_names(world):
         assert (world / row["url"].removeprefix("file:")).is_file()
         for box in row["boxes"]:
             assert 0 <= box["x0"] < box["x1"] <= SIZE and 0 <= box["y0"] < box["y1"] <= SIZE
+
+
+def test_a_mask_says_which_object_covers_at_least_half_of_a_pixel(world):
+    """Coverage is what black and white ground leave of an object painted over both."""
+    for row in pq.read_table(world / "scenes.parquet").to_pylist():
+        with Image.open(world / row["mask"].removeprefix("file:")) as image:
+            assert image.mode == "L"
+            mask = np.asarray(image)
+        expected = np.zeros_like(mask)
+        for box in row["boxes"]:
+            _, colour, shape = box["text"].split()
+            side = int(box["x1"] - box["x0"])
+            thing = [draw.Thing("any", colour, shape, int(box["x0"]), int(box["y0"]), side)]
+            over = [
+                draw.paint(np.full((SIZE, SIZE, 3), ground, float), thing, np.random.default_rng(0))
+                for ground in (0, 255)
+            ]
+            left = (over[1].astype(int) - over[0]).mean(axis=2) / 255  # in 16ths, rounded
+            expected[left < 0.53] = draw.TEXTS.index(box["text"]) + 1
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_the_teacher_never_sees_the_scenes_that_are_held_out(world):

@@ -292,7 +292,10 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
         }
     )  # fmt: skip
     assert distill(config, data, device="cpu", workers=1)["steps"] == 2
-    config = EvaluateConfig(split="test", batch=8, prompts=[], templates=str(worlds.TEMPLATES))
+    config = EvaluateConfig(
+        split="test", batch=8, prompts=[], templates=str(worlds.TEMPLATES),
+        segmentation=worlds.segmentation(),
+    )  # fmt: skip
     figures = evaluate(config, data, device="cpu")
     assert figures["images"] == counts["test"]
     assert read_stamp(data / "student", "distill").recipe.inputs["teacher"]

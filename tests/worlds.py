@@ -21,7 +21,8 @@ from PIL import Image
 from pipeline.core.config import DownloadConfig, SelectConfig, TeacherEmbedConfig
 
 EMBEDDING_SIZE, IMAGE_SIZE = 32, 32
-TEMPLATES = Path(__file__).parents[1] / "manifests/prompts/templates.txt"
+PROMPTS = Path(__file__).parents[1] / "manifests/prompts"
+TEMPLATES, CLASSES = PROMPTS / "templates.txt", PROMPTS / "demo-classes.txt"
 
 
 def picture(seed: int, width: int = 48, height: int = 40, kind: str = "PNG", **options) -> bytes:
@@ -81,6 +82,15 @@ def teacher_config(card: Path, prompts: Path, **changes) -> TeacherEmbedConfig:
 def select_config(**changes) -> SelectConfig:
     values = {"where": "true", "val": 0.2, "test": 0.3, "near_duplicates": 1.0}
     return SelectConfig(**values | changes)
+
+
+def segmentation(card: Path = Path("no-card.yaml"), **changes) -> dict:
+    """How masks would be judged, were there any: nothing reads the files before that."""
+    values = {
+        "classes": str(CLASSES), "background": "threshold", "zero_is": "background", "stride": 32,
+        "image_size": IMAGE_SIZE, "window": IMAGE_SIZE, "card": str(card),
+    }  # fmt: skip
+    return values | changes
 
 
 def write_teacher(folder: Path, seed: int = 0, context: int = 16) -> Path:

@@ -176,6 +176,29 @@ class DistillConfig(Record):
         return self
 
 
+class SegmentationConfig(Record):
+    """How masks are read and patches judged by them, where images have masks."""
+
+    classes: str  # text file: a class a line, its synonyms with commas between
+    background: Literal["none", "threshold", "class"]  # class: the file's first line names value 0
+    zero_is: Literal["background", "ignore"]  # what the value 0 of a mask means
+    image_size: Positive  # px of the view whose patches are judged
+    window: Positive  # px of the windows over it that the student sees; image_size: one
+    stride: Positive  # px from window to window, a multiple of the patch size
+    card: str  # of the teacher, whose dense features are judged beside the student's
+
+    @model_validator(mode="after")
+    def _zero_means_one_thing(self):
+        if self.zero_is == "ignore" and self.background != "none":
+            raise ValueError(
+                f"background {self.background} is looked for where zero_is: ignore says that no mask "
+                "shows it; set background: none"
+            )
+        if self.window > self.image_size:
+            raise ValueError(f"window {self.window} is more than image_size {self.image_size}")
+        return self
+
+
 class EvaluateConfig(Record):
     """data/student + data/teacher on the held-out split -> data/evaluation."""
 
@@ -183,6 +206,7 @@ class EvaluateConfig(Record):
     batch: Positive
     prompts: list[str]  # texts that the report searches for
     templates: str  # text file: a class's vector is the mean of its filled, stored templates
+    segmentation: SegmentationConfig
 
 
 SECTIONS: dict[str, type[Record]] = {

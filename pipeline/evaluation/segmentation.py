@@ -203,21 +203,24 @@ def image_labels(images: Tensor, groups: list[list[int]]) -> np.ndarray:
 
 
 def coverage(masks: list[np.ndarray], grid: int, count: int) -> np.ndarray:
-    """(n, 3, K) counts by image of the best that a grid can do without knowing more than a patch.
+    """(n, 3, K) counts by image of the best that a grid can do: `covered`."""
+    found = []
+    for _, truth in same_size_chunks(masks):
+        for one in truth:  # K maps of a mask's size at a time
+            found.append(label_counts(covered(one, grid, count)[None], one[None], count))
+    return torch.cat(found).numpy()
+
+
+def covered(truth: Tensor, grid: int, count: int) -> Tensor:
+    """(h, w) labels, from (h, w) labels, of a grid that knows no more than a patch.
 
     Each patch says which share of it every label covers; these maps are brought to the mask's size
     as a student's cosines are, and the largest wins.
     """
-    found = []
-    for _, truth in same_size_chunks(masks):
-        parts = []
-        for one in truth:  # K maps of a mask's size at a time
-            maps = torch.stack([one == label for label in range(count)]).float()[None]
-            shares = F.adaptive_avg_pool2d(maps, grid)
-            whole = F.interpolate(shares, size=one.shape, mode="bilinear", align_corners=False)
-            parts.append(label_counts(whole.argmax(dim=1), one[None], count))
-        found.append(torch.cat(parts).numpy())
-    return np.concatenate(found)
+    maps = torch.stack([truth == label for label in range(count)]).float()[None]
+    shares = F.adaptive_avg_pool2d(maps, grid)
+    whole = F.interpolate(shares, size=truth.shape, mode="bilinear", align_corners=False)
+    return whole.argmax(dim=1)[0]
 
 
 def same_size_chunks(masks: list[np.ndarray]) -> Iterator[tuple[slice, Tensor]]:

@@ -50,6 +50,11 @@ MEANING = {
     "energy": "share of the positive activation that lies in the box",
     "pointing_centred": "pointing, after the mean of all prompts is taken off the text",
     "energy_centred": "energy, after the mean of all prompts is taken off the text",
+    "mIoU": "patches name the class of each pixel; the floor is all background, the ceiling what a "
+    "grid of patches can cover",
+    "mIoU_with_image": "each class also gains from the whole image, by a weight chosen on val",
+    "mIoU_image_level": "the class of the whole image, painted everywhere",
+    "mIoU_teacher": "the teacher's own dense features",
     "accuracy": "the class prompts nearest to an image are its label's; the floor is the share of "
     "the most frequent label",
 }

@@ -23,16 +23,29 @@ def write_folder_manifest(folder: Path, out: Path) -> int:
     """
     if not folder.is_dir():
         raise PipelineError(f"{folder} is no folder.")
-    if out.suffix not in (".csv", ".parquet"):
-        raise PipelineError(f"{out}: name a manifest .csv or .parquet.")
-    if out.exists():
-        raise PipelineError(f"{out} exists. Remove it, or name another --out.")
+    _check(out)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise PipelineError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
     rows = [_row(path, folder) for path in files]
-    write_file(out, lambda partial: _write(rows, out.suffix, partial))
+    write_manifest(rows, out)
     return len(rows)
+
+
+def write_manifest(rows: list[dict], out: Path) -> None:
+    """Rows of texts, of which the first names all columns, as CSV or Parquet.
+
+    Raises PipelineError for another kind, and where a file is in the way.
+    """
+    _check(out)
+    write_file(out, lambda partial: _write(rows, out.suffix, partial))
+
+
+def _check(out: Path) -> None:
+    if out.suffix not in (".csv", ".parquet"):
+        raise PipelineError(f"{out}: name a manifest .csv or .parquet.")
+    if out.exists():
+        raise PipelineError(f"{out} exists. Remove it, or name another --out.")
 
 
 def _row(path: Path, folder: Path) -> dict:

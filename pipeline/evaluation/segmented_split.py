@@ -1,0 +1,201 @@
+"""mIoU of the held-out images that have masks, beside what it must be compared with.
+
+`pipeline.evaluation.segmentation` says how it is measured. Letters as there.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.core.config import SegmentationConfig
+from pipeline.core.errors import PipelineError
+from pipeline.data import database
+from pipeline.data.classes import read_classes
+from pipeline.data.embeddings import text_vectors
+from pipeline.evaluation import segmentation as seg
+from pipeline.evaluation.dense import sliding_cosines
+from pipeline.models.student import Student
+from pipeline.training.batches import Rows, batches_of
+
+MASKS = """
+SELECT image_id, split, mask, "left", top, "right", bottom
+FROM images JOIN selection USING (image_id) JOIN teacher USING (image_id)
+WHERE status = 'ok' AND keep AND view = 0 AND split IN ('val', ?) ORDER BY image_id
+"""
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """The teacher as something to compare patches with.
+
+    size: px of the pixels that it takes; patches: (b, size, size, 3) uint8 -> (b, g, g, E) unit.
+    """
+
+    size: int
+    patches: Callable[[np.ndarray], np.ndarray]
+
+
+def has_masks(data: Path) -> bool:
+    """Whether any image that is kept has a mask."""
+    asked = "SELECT count(*) FROM images JOIN selection USING (image_id) WHERE keep AND mask IS NOT NULL"
+    return bool(database.connect(data).execute(asked).fetchone()[0])
+
+
+def segmentation_figures(
+    data: Path,
+    split: str,
+    config: SegmentationConfig,
+    student: Student,
+    vector_of: Callable[[str], np.ndarray],
+    teacher: DenseTeacher | str,
+    batch: int,
+    workers: int,
+) -> dict:
+    """mIoU of a split's masks, or {"left_out": why}.
+
+    vector_of: a prompt that is not stored -> its unit vector (E,), or PipelineError; teacher: its
+    dense features, or why they are left out. The floor is one label everywhere (background, or the
+    most frequent class), the ceiling the coverage of the grid.
+
+    Raises PipelineError: a class file that is wrong, a mask with a value that names no class.
+    """
+    labels = read_classes(Path(config.classes), config.background)
+    masks, without = _masks(data, split, config, len(labels))
+    if missing := [name for name in ("val", split) if not masks[name]]:
+        return {"left_out": f"no image of the split {missing[0]} has a mask."}
+    try:
+        prompts = _vectors(data, [prompt for group in labels for prompt in group], vector_of)
+    except PipelineError as error:
+        return {"left_out": f"a prompt of {config.classes} has no vector: {error}"}
+    ends = np.cumsum([0, *map(len, labels)])
+    groups = [list(range(a, b)) for a, b in pairwise(ends)]
+    judge = _Judge(masks, split, groups, config)
+    side = student.preprocessing.interpolation
+    sized = student.resized(config.window)
+    by_student = {
+        name: _cosines(
+            Rows(data, name, config.image_size, side), masks[name], batch, workers,
+            lambda pixels: sliding_cosines(
+                sized, torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(prompts),
+                config.stride,
+            ),
+        )
+        for name in masks
+    }  # fmt: skip
+    found = judge.student(by_student, config.image_size // student.config.patch_size)
+    if isinstance(teacher, str):
+        found["teacher_left_out"] = teacher
+    else:
+        by_teacher = {
+            name: _cosines(
+                Rows(data, name, teacher.size, side), masks[name], batch, workers,
+                lambda pixels: _teacher_cosines(teacher, pixels, prompts),
+            )
+            for name in masks
+        }  # fmt: skip
+        found["mIoU_teacher"] = judge.figure(by_teacher, (0.0,))[0] | judge.ends
+    counts = {"images": len(masks[split]), "without_mask": without, "classes": len(labels) - 1}
+    return counts | found
+
+
+class _Judge:
+    """The masks of val and of the split that is reported, and how cosines are judged by them."""
+
+    def __init__(self, masks: dict, split: str, groups: list[list[int]], config):
+        self.masks = {name: list(by_id.values()) for name, by_id in masks.items()}
+        self.split, self.groups = split, groups
+        self.by_threshold = config.background == "threshold"
+        self.ends: dict[str, float] = {}
+
+    def student(self, cosines: dict[str, seg.Cosines], grid: int) -> dict:
+        """Its figures, and those that need no more than its embedding or its grid."""
+        own, count = self.masks[self.split], len(self.groups)
+        frequent = np.sum([np.bincount(m[m != seg.IGNORED], minlength=count) for m in own], axis=0)
+        everywhere = np.full(len(own), 0 if frequent[0] else frequent.argmax())
+        covered = seg.mean_iou(seg.coverage(own, grid, count).sum(axis=0))
+        floor = seg.mean_iou(seg.painted(everywhere, own, count).sum(axis=0))
+        self.ends |= {"floor": float(floor), "ceiling": float(covered)}
+        plain, choice = self.figure(cosines, (0.0,))
+        weighted, chosen = self.figure(cosines, seg.WEIGHTS)
+        answered = seg.image_labels(cosines[self.split].images, self.groups)
+        painted = seg.miou_interval(seg.painted(answered, own, count))
+        return {
+            "mIoU": plain | self.ends,
+            "mIoU_with_image": weighted | self.ends,
+            "mIoU_image_level": painted | self.ends,
+            "threshold": choice.threshold,
+            "threshold_with_image": chosen.threshold,
+            "image_weight": chosen.weight,
+        }
+
+    def figure(
+        self, cosines: dict[str, seg.Cosines], weights: tuple[float, ...]
+    ) -> tuple[dict, seg.Choice]:
+        choice = seg.choose(
+            cosines["val"], self.masks["val"], self.groups, weights, self.by_threshold
+        )
+        counts = seg.scored(cosines[self.split], self.masks[self.split], self.groups, choice)
+        return seg.miou_interval(counts), choice
+
+
+def _masks(data: Path, split: str, config, count: int) -> tuple[dict[str, dict], int]:
+    """{split: {image_id: (h, w) labels}} of val and the split, and how many of it have no mask."""
+    masks, without = {"val": {}, split: {}}, 0
+    for key, name, png, *box in database.connect(data).execute(MASKS, [split]).fetchall():
+        if png is not None:
+            masks[name][key] = _labels(key, png, box, config, count)
+        elif name == split:
+            without += 1
+    return masks, without
+
+
+def _labels(key: str, png: bytes, box: list[float], config, count: int) -> np.ndarray:
+    """The part of a stored mask that view 0 shows: the pixels whose centres lie in its box."""
+    left, top, right, bottom = (max(0, round(edge)) for edge in box)
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        mask = np.asarray(image)[top:bottom, left:right]
+    if config.zero_is == "ignore":
+        mask = np.where(mask == 0, seg.IGNORED, mask)
+    if (wrong := mask[(mask >= count) & (mask != seg.IGNORED)]).size:
+        raise PipelineError(
+            f"the mask of image {key} holds the value {wrong[0]}, and {config.classes} names values "
+            f"up to {count - 1} (255 is left out). Name the class file of these masks in params.yaml "
+            "(evaluate.segmentation.classes)."
+        )
+    return mask
+
+
+def _cosines(rows: Rows, masks: dict, batch: int, workers: int, cosines_of) -> seg.Cosines:
+    """What the images with masks say, in the masks' order; a row that is damaged loses its mask."""
+    found = {}
+    for some in batches_of(rows, range(len(rows)), batch, workers=workers):
+        asked = [i for i, key in enumerate(some.ids) if key in masks]
+        if asked:
+            parts = cosines_of(some.pixels[asked])
+            for i, patches, image in zip(asked, *parts, strict=True):
+                found[some.ids[i]] = patches, image
+    if lost := masks.keys() - found.keys():
+        raise PipelineError(
+            f"image {min(lost)} cannot be decoded. Delete data/images and run `pipeline download`."
+        )
+    return seg.Cosines(*map(torch.stack, zip(*(found[key] for key in masks), strict=True)))
+
+
+def _teacher_cosines(teacher: DenseTeacher, pixels: np.ndarray, prompts: np.ndarray) -> seg.Cosines:
+    """Those of its patches; what it says of whole images is asked nowhere."""
+    dense = torch.from_numpy(teacher.patches(pixels) @ prompts.T).permute(0, 3, 1, 2).contiguous()
+    return seg.Cosines(dense, dense.new_zeros(dense.shape[:2]))
+
+
+def _vectors(data: Path, prompts: list[str], vector_of) -> np.ndarray:
+    """(P, E) unit vectors: the stored ones, and what vector_of makes of the others."""
+    where = "image_id IS NULL AND text IN (SELECT unnest(?::VARCHAR[]))"
+    texts, _, vectors = text_vectors(data, where, [prompts])
+    stored = dict(zip(texts, vectors, strict=True))
+    return np.stack([stored[p] if p in stored else vector_of(p) for p in prompts])
