@@ -241,17 +241,34 @@ def look(
     image: Annotated[Path, typer.Argument(help="Image file.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts, a map each.")] = None,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("look.png"),
+    segment: Annotated[
+        bool, typer.Option("--segment", help="Paint the text that answers best, at each place.")
+    ] = False,
+    size: Annotated[
+        int, typer.Option(min=1, help="With --segment: px of the image; the student's if less.")
+    ] = 1,
+    threshold: Annotated[
+        float | None, typer.Option(help="With --segment: cosine up to which nothing is painted.")
+    ] = None,
     card: Card = None,
     params: Params = PARAMS,
     data: Data = DATA,
 ) -> None:
     """Draw which patches of an image count, and where each text is in it."""
-    from pipeline.explore.look import look as run
-    from pipeline.explore.look import look_figure
     from pipeline.explore.query_vectors import Queries
 
-    seen = run(Queries(data, _card(card, params)), image, prompts or [])
-    look_figure(seen, out)
+    queries = Queries(data, _card(card, params))
+    if segment:
+        from pipeline.explore.segment import segment_figure, segment_image
+
+        seen = segment_image(queries, image, prompts or [], size, threshold)
+        segment_figure(seen, out)
+    else:
+        from pipeline.explore.look import look as run
+        from pipeline.explore.look import look_figure
+
+        seen = run(queries, image, prompts or [])
+        look_figure(seen, out)
     for line in [*seen.notes, f"{out} written"]:
         say(line, err=True)
 

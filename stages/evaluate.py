@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.devices import pick_device
-from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
     contents,
@@ -43,11 +42,12 @@ from pipeline.evaluation.retrieval import (
     near_training_images,
     text_retrieval,
 )
-from pipeline.evaluation.segmented_split import DenseTeacher, has_masks, segmentation_figures
+from pipeline.evaluation.segmented_split import has_masks, segmentation_figures
 from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.explore.query_vectors import Queries
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
+from pipeline.explore.segmented_scenes import dense_teacher
 from pipeline.models.student import Student, read_card
 from pipeline.training.batches import held_out_batches
 from pipeline.training.dataset import Dataset
@@ -182,20 +182,8 @@ def _segmentation(config: EvaluateConfig, data: Path, student: Student, workers:
     grid = config.segmentation.image_size // student.config.patch_size
     return segmentation_figures(
         data, config.split, config.segmentation, student, lambda text: queries.text(text).teacher,
-        _dense_teacher(queries, grid), config.batch, workers,
+        dense_teacher(queries, grid), config.batch, workers,
     )  # fmt: skip
-
-
-def _dense_teacher(queries: Queries, grid: int) -> DenseTeacher | str:
-    """The teacher on a grid no coarser than the student's, or why it is left out."""
-    try:
-        if (teacher := queries.teacher) is None:
-            return queries.no_teacher
-        from pipeline.models.teacher_patches import dense_patches, dense_size
-
-        return DenseTeacher(dense_size(teacher, grid), partial(dense_patches, teacher))
-    except PipelineError as error:
-        return str(error)
 
 
 def _retrieval_csv(figures: dict) -> str:

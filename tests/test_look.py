@@ -6,12 +6,17 @@ import seeing
 import torch
 import worlds
 from PIL import Image
+from students import SMALL
 
+from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.explore.look import MOST, look, look_figure
 from pipeline.explore.plots import overlay
 from pipeline.explore.query_vectors import Queries, read_image
+from pipeline.explore.search import Query
+from pipeline.explore.segment import segment_figure, segment_image
 from pipeline.models.patches import agreement, entropy, in_shares, on_grid, student_view
+from pipeline.models.student import Outputs
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +238,61 @@ def test_agreement_is_a_correlation():
     expected = np.corrcoef(weights.ravel(), other.ravel())[0, 1]
     assert agreement(weights, other) == pytest.approx(expected, abs=1e-5)
     assert agreement(np.full((4, 4), 1 / 16, np.float32), other) == 0
+
+
+# Painting classes
+
+
+class OneColour(torch.nn.Module):
+    """Stands for a student of 4 x 4 patches whose patch says how red or how blue it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = StudentConfig(**SMALL | {"embedding_size": 3})
+        self.mean = torch.zeros(1)
+
+    def normalise(self, pixels):
+        return pixels.float()
+
+    def outputs(self, pixels):
+        patches = torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)  # (B, 16, 3)
+        return Outputs(patches.mean(dim=1), patches[..., 0], patches)
+
+
+@pytest.fixture
+def red_and_blue(queries, tmp_path, monkeypatch):
+    """Queries whose student sees colours, and a photo: blue, but red in its upper left quarter."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[..., 2] = 200
+    pixels[:32, :32] = (200, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "corner.png")
+    monkeypatch.setitem(queries.__dict__, "student", OneColour())
+    axes = {"red": np.eye(3, dtype=np.float32)[0], "blue": np.eye(3, dtype=np.float32)[2]}
+    monkeypatch.setattr(queries, "text", lambda t: Query(t, axes[t], axes[t]), raising=False)
+    return queries, tmp_path / "corner.png"
+
+
+def test_each_place_is_painted_with_the_text_that_answers_best(red_and_blue, tmp_path):
+    found = segment_image(*red_and_blue, ["red", "blue"], 64, None)
+    assert found.labels.shape == (64, 64)
+    assert (found.labels[:28, :28] == 1).all() and (found.labels[36:] == 2).all()
+    segment_figure(found, tmp_path / "segment.png")
+    with Image.open(tmp_path / "segment.png") as image:
+        assert image.width > image.height > 400
+
+
+def test_below_the_threshold_nothing_is_painted(red_and_blue):
+    found = segment_image(*red_and_blue, ["red"], 64, 0.5)
+    assert (found.labels[:24, :24] == 1).all() and (found.labels[40:] == 0).all()
+
+
+def test_a_size_between_patches_is_rounded_up_and_a_small_one_is_the_students(red_and_blue):
+    assert segment_image(*red_and_blue, ["red"], 41, None).labels.shape == (48, 48)
+    assert segment_image(*red_and_blue, ["red"], 1, None).labels.shape == (32, 32)
+
+
+def test_prompts_to_paint_must_be_some_and_known(queries, photo, data):
+    with pytest.raises(PipelineError, match="0 prompts: name 1 to 12"):
+        segment_image(queries, photo, [], 32, None)
+    with pytest.raises(PipelineError, match="none of the prompts has a vector"):
+        segment_image(Queries(data), photo, ["never embedded"], 32, None)

@@ -5,9 +5,11 @@
 
 import io
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from pipeline.data.embeddings import text_vectors
 from pipeline.evaluation import segmentation as seg
 from pipeline.evaluation.dense import sliding_cosines
 from pipeline.models.student import Student
-from pipeline.training.batches import Rows, batches_of
+from pipeline.training.batches import held_out_batches
+from pipeline.training.dataset import Dataset
 
 MASKS = """
 SELECT image_id, split, mask, "left", top, "right", bottom
@@ -66,42 +69,82 @@ def segmentation_figures(
     Raises PipelineError: a class file that is wrong, a mask with a value that names no class.
     """
     labels = read_classes(Path(config.classes), config.background)
-    masks, without = _masks(data, split, config, len(labels))
+    masks, without = masks_of(data, split, config, len(labels))
     if missing := [name for name in ("val", split) if not masks[name]]:
         return {"left_out": f"no image of the split {missing[0]} has a mask."}
     try:
-        prompts = _vectors(data, [prompt for group in labels for prompt in group], vector_of)
+        asked = Asked.of(data, labels, vector_of)
     except PipelineError as error:
         return {"left_out": f"a prompt of {config.classes} has no vector: {error}"}
-    ends = np.cumsum([0, *map(len, labels)])
-    groups = [list(range(a, b)) for a, b in pairwise(ends)]
-    judge = _Judge(masks, split, groups, config)
-    side = student.preprocessing.interpolation
-    sized = student.resized(config.window)
-    by_student = {
-        name: _cosines(
-            Rows(data, name, config.image_size, side), masks[name], batch, workers,
-            lambda pixels: sliding_cosines(
-                sized, torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(prompts),
-                config.stride,
-            ),
-        )
-        for name in masks
-    }  # fmt: skip
-    found = judge.student(by_student, config.image_size // student.config.patch_size)
+    judge = _Judge(masks, split, asked.groups, config)
+    source = Source(data, student.preprocessing.interpolation, batch, workers)
+    grid = config.image_size // student.config.patch_size
+    found = judge.student(
+        {name: by_student(source, name, masks[name], asked, config, student) for name in masks},
+        grid,
+    )
     if isinstance(teacher, str):
         found["teacher_left_out"] = teacher
     else:
-        by_teacher = {
-            name: _cosines(
-                Rows(data, name, teacher.size, side), masks[name], batch, workers,
-                lambda pixels: _teacher_cosines(teacher, pixels, prompts),
-            )
-            for name in masks
-        }  # fmt: skip
-        found["mIoU_teacher"] = judge.figure(by_teacher, (0.0,))[0] | judge.ends
+        dense = {name: by_teacher(source, name, masks[name], asked, teacher) for name in masks}
+        figure, choice = judge.figure(dense, (0.0,))
+        found |= {"mIoU_teacher": figure | judge.ends, "threshold_teacher": choice.threshold}
     counts = {"images": len(masks[split]), "without_mask": without, "classes": len(labels) - 1}
     return counts | found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What patches are compared with."""
+
+    labels: list[list[str]]  # the prompts of each label, from 0
+    groups: list[list[int]]  # their numbers
+    vectors: np.ndarray  # (P, E), unit length
+
+    @classmethod
+    def of(cls, data: Path, labels: list[list[str]], vector_of) -> "Asked":
+        """Stored vectors, and what vector_of makes of the prompts that are not stored."""
+        prompts = [prompt for group in labels for prompt in group]
+        where = "image_id IS NULL AND text IN (SELECT unnest(?::VARCHAR[]))"
+        texts, _, vectors = text_vectors(data, where, [prompts])
+        stored = dict(zip(texts, vectors, strict=True))
+        vectors = np.stack([stored[p] if p in stored else vector_of(p) for p in prompts])
+        ends = np.cumsum([0, *map(len, labels)]).tolist()
+        return cls(labels, [list(range(a, b)) for a, b in pairwise(ends)], vectors)
+
+
+class Source(NamedTuple):
+    """Where pixels come from, and how."""
+
+    data: Path
+    interpolation: str
+    batch: int
+    workers: int
+
+
+def by_student(
+    source: Source, split: str, masks: dict, asked: Asked, config: SegmentationConfig, student
+) -> seg.Cosines:
+    """What a student says of the images of these masks, in their order."""
+    sized, vectors = student.resized(config.window), torch.from_numpy(asked.vectors)
+
+    def cosines(pixels: np.ndarray) -> seg.Cosines:
+        planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return sliding_cosines(sized, planes, vectors, config.stride)
+
+    return _cosines(source, split, config.image_size, masks, cosines)
+
+
+def by_teacher(
+    source: Source, split: str, masks: dict, asked: Asked, teacher: DenseTeacher
+) -> seg.Cosines:
+    """The same of a teacher's patches; what it says of whole images is asked nowhere: 0."""
+
+    def cosines(pixels: np.ndarray) -> seg.Cosines:
+        dense = torch.from_numpy(teacher.patches(pixels) @ asked.vectors.T).permute(0, 3, 1, 2)
+        return seg.Cosines(dense.contiguous(), dense.new_zeros(dense.shape[:2]))
+
+    return _cosines(source, split, teacher.size, masks, cosines)
 
 
 class _Judge:
@@ -144,8 +187,11 @@ class _Judge:
         return seg.miou_interval(counts), choice
 
 
-def _masks(data: Path, split: str, config, count: int) -> tuple[dict[str, dict], int]:
-    """{split: {image_id: (h, w) labels}} of val and the split, and how many of it have no mask."""
+def masks_of(data: Path, split: str, config, count: int) -> tuple[dict[str, dict], int]:
+    """{split: {image_id: (h, w) labels}} of val and the split, and how many of it have no mask.
+
+    count: of labels. Raises PipelineError for a mask with a value that names no class.
+    """
     masks, without = {"val": {}, split: {}}, 0
     for key, name, png, *box in database.connect(data).execute(MASKS, [split]).fetchall():
         if png is not None:
@@ -171,31 +217,22 @@ def _labels(key: str, png: bytes, box: list[float], config, count: int) -> np.nd
     return mask
 
 
-def _cosines(rows: Rows, masks: dict, batch: int, workers: int, cosines_of) -> seg.Cosines:
-    """What the images with masks say, in the masks' order; a row that is damaged loses its mask."""
-    found = {}
-    for some in batches_of(rows, range(len(rows)), batch, workers=workers):
-        asked = [i for i, key in enumerate(some.ids) if key in masks]
-        if asked:
-            parts = cosines_of(some.pixels[asked])
-            for i, patches, image in zip(asked, *parts, strict=True):
-                found[some.ids[i]] = patches, image
+def _cosines(source: Source, split: str, size: int, masks: dict, cosines_of) -> seg.Cosines:
+    """What cosines_of makes of the images with masks, seen at size px, in the masks' order."""
+    dataset, found = Dataset(source.data, split, size, source.interpolation), {}
+    with closing(
+        held_out_batches(dataset, range(len(dataset)), source.batch, workers=source.workers)
+    ) as batches:
+        for some in batches:
+            asked = [i for i, key in enumerate(some.ids) if key in masks]
+            if asked:
+                parts = cosines_of(np.asarray(some.pixels)[asked])
+                for i, patches, image in zip(asked, *parts, strict=True):
+                    found[some.ids[i]] = patches, image
+            if len(found) == len(masks):
+                break
     if lost := masks.keys() - found.keys():
         raise PipelineError(
             f"image {min(lost)} cannot be decoded. Delete data/images and run `pipeline download`."
         )
     return seg.Cosines(*map(torch.stack, zip(*(found[key] for key in masks), strict=True)))
-
-
-def _teacher_cosines(teacher: DenseTeacher, pixels: np.ndarray, prompts: np.ndarray) -> seg.Cosines:
-    """Those of its patches; what it says of whole images is asked nowhere."""
-    dense = torch.from_numpy(teacher.patches(pixels) @ prompts.T).permute(0, 3, 1, 2).contiguous()
-    return seg.Cosines(dense, dense.new_zeros(dense.shape[:2]))
-
-
-def _vectors(data: Path, prompts: list[str], vector_of) -> np.ndarray:
-    """(P, E) unit vectors: the stored ones, and what vector_of makes of the others."""
-    where = "image_id IS NULL AND text IN (SELECT unnest(?::VARCHAR[]))"
-    texts, _, vectors = text_vectors(data, where, [prompts])
-    stored = dict(zip(texts, vectors, strict=True))
-    return np.stack([stored[p] if p in stored else vector_of(p) for p in prompts])

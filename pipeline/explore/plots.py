@@ -14,8 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize, hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 COLOURS = {"student": "#2f72e0", "teacher": "#d9730d", "floor": "#8a8f98"}
@@ -82,6 +83,31 @@ def overlay(image: np.ndarray, values: np.ndarray, low: float, high: float) -> n
     colours = colours.resize(size, Image.Resampling.NEAREST)
     grey = Image.fromarray(image).convert("L").convert("RGB")
     return np.asarray(Image.blend(grey, colours, OPACITY))
+
+
+def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(S, S, 3) uint8 and (S, S) labels -> (S, S, 3) uint8: a colour a label over grey, 0 bare."""
+    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+    colours = np.array([label_colour(label) for label in range(labels.max() + 1)])
+    mixed = (1 - OPACITY) * grey + OPACITY * colours[labels]
+    return np.where(labels[..., None] > 0, mixed, grey).round().astype(np.uint8)
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """RGB of a label; neighbours differ in hue by the golden ratio, each seven in lightness."""
+    hue = (label * 0.618034) % 1.0
+    value = (1.0, 0.75, 0.55)[label // 7 % 3]
+    return tuple(round(255 * float(x)) for x in hsv_to_rgb((hue, 0.85, value)))
+
+
+def legend(figure: Figure, names: Sequence[str]) -> None:
+    """What the colours of labels 1, 2, ... stand for, below a figure."""
+    handles = [
+        Rectangle((0, 0), 1, 1, color=np.array(label_colour(i)) / 255)
+        for i in range(1, len(names) + 1)
+    ]
+    texts = [wrapped(name, 40, 1) for name in names]
+    figure.legend(handles, texts, loc="outside lower center", ncols=min(3, len(names)), fontsize=8)
 
 
 def gradient() -> str:

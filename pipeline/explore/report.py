@@ -23,6 +23,7 @@ from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
 from pipeline.explore import panels, plots, report_charts
 from pipeline.explore.search import Collection, Hits, Query
+from pipeline.explore.segmented_scenes import painted_scenes
 from pipeline.explore.throughput import finished_runs, throughput
 from pipeline.models.patches import PatchView
 from pipeline.models.student import Student, read_card
@@ -30,7 +31,7 @@ from pipeline.training.dataset import Dataset
 
 NAME = "report.html"
 HITS = 6  # a side and prompt
-LOOKED_AT = 6  # held-out images
+LOOKED_AT = PAINTED = 6  # held-out images
 THUMBNAIL = 160  # px
 ELSEWHERE = "The teacher's attention and the speed of every run: run `pipeline report`."
 APART = 0.02  # floor and ceiling, for a share of the way between them to mean something
@@ -91,6 +92,7 @@ def write_report(
         "curves": _curves(data / "student" / "training.csv"),
         "searches": _searches(Collection(data, index), config.prompts),
         "looked_at": panels.patch_groups(data, dataset, LOOKED_AT, student, by_teacher),
+        "scenes": painted_scenes(data, config, student, found.get("segmentation", {}), PAINTED),
         "charts_inside": parts,
         "tiles_inside": groups,
         "runs": throughput(runs or [], found["fidelity"]["cosine"]["floor"]),
