@@ -68,7 +68,7 @@ def main() -> None:
 
         def ours(processes: bool) -> Iterator[int]:
             dataset = Dataset(data, "train", SIZE, "bicubic")
-            order = TrainingOrder(Sampler(dataset, 0, BATCH, 16), 1.0)
+            order = TrainingOrder(Sampler(dataset, 0, BATCH, 16), 1.0, [dataset.image_size])
             with Loader(dataset, order, 0, BATCH, args.workers, processes) as loader:
                 for batch in loader.batches(range(steps)):
                     yield len(batch.ids)

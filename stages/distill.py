@@ -175,7 +175,7 @@ def _train(
     steps = training_batches(
         dataset, order, trainer.step, trainer.step if trainer.ended else config.steps,
         workers=workers, rank=ranks.rank, ranks=ranks.size, min_crop_area=config.min_crop_area,
-        device=ranks.device,
+        image_sizes=config.image_sizes, device=ranks.device,
     )  # fmt: skip
     with closing(steps):
         _take_steps(trainer, steps, held_out, work.folder / CHECKPOINT, workers)

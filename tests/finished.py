@@ -18,6 +18,7 @@ STUDENT = {
 
 def distill_config(**changes) -> DistillConfig:
     few = {"steps": 4, "batch": 16, "warmup": 1, "validate_every": 2, "precision": "float32"}
+    few["image_sizes"] = [STUDENT["image_size"]]
     demo = yaml.safe_load(DEMO.read_text())["distill"]
     return DistillConfig(**demo | few | {"student": STUDENT} | changes)
 

@@ -86,7 +86,8 @@ def distill_config() -> DistillConfig:
     }  # fmt: skip
     loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0}
     return DistillConfig(
-        student=student, loss=loss, relational_scale=20.0, views=1, color_jitter=0.0,
+        student=student, image_sizes=[worlds.IMAGE_SIZE],
+        loss=loss, relational_scale=20.0, views=1, color_jitter=0.0,
         min_crop_area=1.0, mixup=0.0, fixed_stem_frequencies=0, steps=4, batch=8,
         learning_rate=0.01, schedule="cosine", warmup=0, weight_decay=0.0, max_grad_norm=1.0, ema=0.0,
         precision="float32", validate_every=2, shuffle_row_groups=4, seed=0, init=None,

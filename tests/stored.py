@@ -82,7 +82,7 @@ def distill_config(**changes) -> DistillConfig:
     }  # fmt: skip
     values = dict(
         student=student, init=None, loss={"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.1},
-        relational_scale=20.0, views=2, color_jitter=0.1, min_crop_area=1.0, mixup=0.0,
+        image_sizes=[32], relational_scale=20.0, views=2, color_jitter=0.1, min_crop_area=1.0, mixup=0.0,
         fixed_stem_frequencies=0,
         steps=12, batch=8, learning_rate=0.003,
         schedule="cosine", warmup=2, weight_decay=0.05, max_grad_norm=1.0, ema=0.9, precision="float32",

@@ -250,7 +250,7 @@ def test_a_rank_reads_only_its_part_of_the_row_groups(data, ranks, monkeypatch):
 def test_processes_give_the_batches_of_threads(data):
     """Spawned loader processes, as for a GPU: the same rows, pixels, targets and captions."""
     rows = dataset(data, captions=True)
-    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 0.5)
+    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 0.5, [rows.image_size])
     made = []
     for processes in (False, True):
         with Loader(rows, order, 0, BATCH, 2, processes=processes) as loader:
@@ -261,7 +261,7 @@ def test_processes_give_the_batches_of_threads(data):
 
 def test_a_loader_process_that_is_killed_ends_the_run_clearly(data):
     rows = dataset(data)
-    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0)
+    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0, [rows.image_size])
     with Loader(rows, order, 0, BATCH, 2, processes=True) as loader:
         batches = loader.batches(range(100_000))
         next(batches)
@@ -307,7 +307,7 @@ def test_loader_processes_end_with_a_parent_that_is_killed_while_they_start(data
 def test_an_error_in_a_loader_process_keeps_its_words(tmp_path):
     stored.write_data(tmp_path)
     rows = dataset(tmp_path)
-    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0)
+    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0, [rows.image_size])
     for path in (tmp_path / "teacher/images").glob("*.parquet"):
         path.write_bytes(path.read_bytes()[:100])
     loader = Loader(rows, order, 0, BATCH, 1, processes=True)
@@ -320,7 +320,7 @@ def test_an_error_in_a_loader_process_keeps_its_words(tmp_path):
 def test_too_little_shared_memory_is_refused_before_anything_is_started(data, monkeypatch):
     """As in a container, whose /dev/shm has 64 MB unless it is told otherwise."""
     rows = dataset(data)
-    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0)
+    order = TrainingOrder(Sampler(rows, SEED, BATCH, LANES), 1.0, [rows.image_size])
     usage = shutil.disk_usage("/")._replace(free=64 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with Loader(rows, order, 0, 1000, 1, processes=True):

@@ -137,6 +137,7 @@ class DistillConfig(Record):
 
     student: StudentConfig
     init: str | None  # folder of a student to start from; null = random weights
+    image_sizes: list[Positive]  # px, the student's own among them; each step shows one of them
     loss: LossWeights
     relational_scale: PositiveFloat  # inverse temperature of the relational and caption terms
     views: Positive  # of the stored ones; a step shows one of them
@@ -160,6 +161,18 @@ class DistillConfig(Record):
     early_stopping: Count  # validations without a better one that end the run; 0 = never
     shuffle_row_groups: Positive  # row groups that are shuffled together
     seed: Seed
+
+    @model_validator(mode="after")
+    def _sizes_fit_the_student(self):
+        sizes, student = self.image_sizes, self.student
+        wrong = [size for size in sizes if size % student.patch_size]
+        if student.image_size not in sizes or wrong or len(set(sizes)) < len(sizes):
+            raise ValueError(
+                f"image_sizes {sizes}: write each size once, all of them multiples of "
+                f"student.patch_size {student.patch_size}, and student.image_size "
+                f"{student.image_size} among them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_stem_fits_a_patch(self):

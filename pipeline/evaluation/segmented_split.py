@@ -45,9 +45,12 @@ class DenseTeacher:
 
 
 def has_masks(data: Path) -> bool:
-    """Whether any image that is kept has a mask."""
+    """Whether any image that is kept has a mask; shards of earlier versions have no such column."""
+    connection = database.connect(data)
+    if "mask" not in {name for name, *_ in connection.execute("DESCRIBE images").fetchall()}:
+        return False
     asked = "SELECT count(*) FROM images JOIN selection USING (image_id) WHERE keep AND mask IS NOT NULL"
-    return bool(database.connect(data).execute(asked).fetchone()[0])
+    return bool(connection.execute(asked).fetchone()[0])
 
 
 def segmentation_figures(

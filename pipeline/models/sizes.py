@@ -28,10 +28,13 @@ class ManySizes:
 
     def __init__(self, student: Student, sizes: list[int]):
         self.student = student
-        self._shells = {size: _ForLoss(student.resized(size)) for size in sizes}
+        others = [size for size in sizes if size != student.config.image_size]
+        self._shells = {size: _ForLoss(student.resized(size)) for size in others}
 
     def embeddings_for_loss(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) normalised, S one of the sizes -> (T, B, E), with gradients."""
+        if pixels.shape[-1] not in self._shells:
+            return self.student.embeddings_for_loss(pixels)
         shell = self._shells[pixels.shape[-1]]
         shell.train(self.student.training)
         state = {f"student.{name}": value for name, value in self.student.named_parameters()}

@@ -46,10 +46,19 @@ class Batch:
 
 
 class TrainingOrder:
-    """Which samples a step shows, and how: part start:stop of each batch of a run."""
+    """Which samples a step shows, and how: part start:stop of each batch of a run.
 
-    def __init__(self, sampler: Sampler, min_crop_area: float):
+    image_sizes (px): one of them a step, a function of seed and step.
+    """
+
+    def __init__(self, sampler: Sampler, min_crop_area: float, image_sizes: Sequence[int]):
         self.sampler, self.min_crop_area = sampler, min_crop_area
+        self.image_sizes = image_sizes
+
+    def image_size(self, step: int) -> int:
+        if len(self.image_sizes) == 1:
+            return self.image_sizes[0]
+        return int(np.random.default_rng([self.sampler.seed, step]).choice(self.image_sizes))
 
     def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
         position = self.sampler.position(step)
@@ -63,8 +72,12 @@ class TrainingOrder:
 class GivenOrder:
     """Rows of these numbers at view 0, cut into steps."""
 
-    def __init__(self, numbers: Iterable[int], batch: int):
+    def __init__(self, numbers: Iterable[int], batch: int, image_size: int):
         self.numbers, self.batch = np.asarray(list(numbers), np.int64), batch
+        self.image_sizes = [image_size]
+
+    def image_size(self, step: int) -> int:
+        return self.image_sizes[0]
 
     def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
         first = step * self.batch
@@ -82,16 +95,18 @@ def training_batches(
     rank: int = 0,
     ranks: int = 1,
     min_crop_area: float = 1.0,
+    image_sizes: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Steps start..stop of a run, of each the part of this rank.
 
     workers: threads, or processes where device is a GPU, which the pixels are copied to a batch
     ahead. min_crop_area: least fraction of a view's area that is shown, a function of seed, epoch
-    and row. Raises PipelineError where a worker ends or shared memory is too small.
+    and row. image_sizes (px): one of them a step; None: the dataset's own. Raises PipelineError
+    where a worker ends or shared memory is too small.
     """
     part = sampler.batch // ranks
-    order = TrainingOrder(sampler, min_crop_area)
+    order = TrainingOrder(sampler, min_crop_area, image_sizes or [dataset.image_size])
     on_gpu = device is not None and device.type == "cuda"
     with Loader(dataset, order, rank * part, part, workers, processes=on_gpu) as loader:
         batches = loader.batches(range(start, stop))
@@ -102,7 +117,7 @@ def held_out_batches(
     dataset: Dataset, numbers: Sequence[int], batch: int, *, workers: int
 ) -> Iterator[Batch]:
     """The rows of these numbers at view 0 (the dataset must be made with views=1), in order."""
-    order = GivenOrder(numbers, batch)
+    order = GivenOrder(numbers, batch, dataset.image_size)
     with Loader(dataset, order, 0, batch, workers) as loader:
         yield from loader.batches(range(-(-len(order.numbers) // batch)))
 
@@ -118,7 +133,7 @@ class Loader:
     ):
         self.workers, self.processes = workers, processes
         self.parts = max(1, min(workers, size))
-        slots, side = AHEAD + 3, dataset.image_size  # one is used, one copied, one given back
+        slots, side = AHEAD + 3, max(order.image_sizes)  # one is used, one copied, one given back
         shape = slots, size, side, side, 3
         if processes:
             _check_shared_memory(int(np.prod(shape)))
@@ -173,7 +188,7 @@ class Loader:
             ) from None
 
     def _batch(self, parts: list["Part"]) -> Batch:
-        slot = self.pixels[parts[0].slot]
+        slot = sized(self.pixels[parts[0].slot], parts[0].side)
         position = np.concatenate([part.position for part in parts])
         if len(position) < len(slot):
             slot = slot[torch.from_numpy(position - self.filler.first)]
@@ -194,6 +209,7 @@ class Part:
     """What a worker says of the pixels that it has written."""
 
     slot: int
+    side: int  # px of its pixels
     ids: list[str]
     targets: np.ndarray | None  # (n, E); None where this part of the batch has no rows
     texts: np.ndarray | None  # (n, E), where captions are read
@@ -222,11 +238,12 @@ class Filler:
             return error
 
     def _fill(self, slot: int, step: int, start: int, stop: int) -> Part:
-        seen = self.pixels[slot].numpy()
+        side = self.order.image_size(step)
+        seen = sized(self.pixels[slot], side).numpy()
         shown, position, undecodable, length = [], [], [], 0
         samples = self.order.samples(self.dataset, step, self.first + start, self.first + stop)
         for at, sample in enumerate(samples, start):
-            pixels, length = self.dataset.pixels(sample), len(sample.target)
+            pixels, length = self.dataset.pixels(sample, side), len(sample.target)
             if pixels is None:
                 undecodable.append(sample.image_id)
                 continue
@@ -242,7 +259,12 @@ class Filler:
             if sample.text is not None:
                 texts[i] = sample.text
         ids = [sample.image_id for sample in shown]
-        return Part(slot, ids, targets, texts, np.array(position, np.int64), undecodable)
+        return Part(slot, side, ids, targets, texts, np.array(position, np.int64), undecodable)
+
+
+def sized(slot: torch.Tensor, side: int) -> torch.Tensor:
+    """The first bytes of a slot (b, S, S, 3) as a batch of smaller pixels (b, side, side, 3)."""
+    return slot.flatten()[: len(slot) * side * side * 3].view(len(slot), side, side, 3)
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

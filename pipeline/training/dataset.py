@@ -110,13 +110,14 @@ class Dataset:
             text,
         )  # fmt: skip
 
-    def pixels(self, sample: Sample) -> np.ndarray | None:
-        """What the teacher saw, at the student's size: (S, S, 3) uint8; None if damaged."""
+    def pixels(self, sample: Sample, image_size: int | None = None) -> np.ndarray | None:
+        """What the teacher saw, at image_size or the student's: (S, S, 3) uint8; None if damaged."""
         try:
             image = decode(sample.jpg)
         except NotAnImage:
             return None
-        return view_pixels(image, sample.box, sample.flip, self.image_size, self.interpolation)
+        size = image_size or self.image_size
+        return view_pixels(image, sample.box, sample.flip, size, self.interpolation)
 
     def _path(self, folder: str, shard: int) -> Path:
         return self.data / folder / f"{shard:05}.parquet"

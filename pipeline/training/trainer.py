@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.core.config import DistillConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
+from pipeline.models.sizes import ManySizes
 from pipeline.models.student import Student
 from pipeline.training.augment import ColorJitter, Mixup, fixed_stem
 from pipeline.training.batches import Batch
@@ -31,16 +32,16 @@ VERSION = 2  # raise it when a change here changes the trained weights
 class Network(nn.Module):
     """From bytes to what the loss sees, as one graph: no float picture is ever stored on a GPU."""
 
-    def __init__(self, student: Student):
+    def __init__(self, student: Student, image_sizes: list[int]):
         super().__init__()
-        self.student = student
+        self.student, self.sized = student, ManySizes(student, image_sizes)
 
     def forward(self, pixels: Tensor, *changes: ColorJitter | Mixup) -> Tensor:
-        """(b, S, S, 3) uint8 -> (T or 1, b, E)."""
+        """(b, S, S, 3) uint8, S one of the sizes -> (T or 1, b, E)."""
         x = self.student.normalise(pixels.permute(0, 3, 1, 2))
         for change in changes:
             x = change.images(x)
-        return self.student.embeddings_for_loss(x)
+        return self.sized.embeddings_for_loss(x)
 
 
 class Trainer:
@@ -63,7 +64,7 @@ class Trainer:
                 f"distill.mixup pairs images, and {config.batch // ranks.size} a rank is odd. "
                 "Choose another distill.batch."
             )
-        self.network = ranks.summing_gradients(Network(student))
+        self.network = ranks.summing_gradients(Network(student, config.image_sizes))
         self.fast = compiled(self.network, ranks.device)  # for a complete part of a batch
         self.mean = torch.from_numpy(mean).to(ranks.device)  # (E,)
         self.average = {k: v.detach().clone() for k, v in self._named()} if config.ema else None
@@ -290,11 +291,11 @@ class Trainer:
 
     def _fits(self, rows: int) -> bool:
         """Whether a forward and backward pass of so many rows does."""
-        size = self.student.config.image_size
+        size = max(self.config.image_sizes)
         try:
             pixels = torch.zeros(rows, size, size, 3, dtype=torch.uint8, device=self.mean.device)
             with self._autocast():
-                loss = Network(self.student)(pixels).float().square().sum()
+                loss = Network(self.student, [size])(pixels).float().square().sum()
             loss.backward()
             return True
         except torch.OutOfMemoryError:
