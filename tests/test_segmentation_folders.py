@@ -1,11 +1,13 @@
 """Drawn copies of published folders, imported, downloaded and their masks read."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import seeing
 import worlds
 from PIL import Image
 
@@ -13,7 +15,11 @@ from pipeline.core.errors import PipelineError
 from pipeline.data import shards
 from pipeline.data.classes import read_classes
 from pipeline.fetch.segmentation_folders import write_ade20k_manifest, write_voc_manifest
+from stages.distill import distill
 from stages.download import download
+from stages.evaluate import evaluate
+from stages.select import select
+from stages.teacher_embed import teacher_embed
 
 HEADER = "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
 
@@ -114,3 +120,60 @@ def test_ade20ks_masks_and_classes(ade, tmp_path):
 def test_another_folder_is_refused_with_what_was_expected(write, tmp_path):
     with pytest.raises(PipelineError, match="as it is published"):
         write(tmp_path, tmp_path / "out.csv")
+
+
+# Imported and scored
+
+
+def scored(folder: Path, manifest: Path, card: Path, tmp_path: Path, **how) -> tuple[dict, str]:
+    """metrics.json's segmentation and the report, after every stage."""
+    prompts = tmp_path / "prompts.txt"
+    texts = [s for group in read_classes(Path(how["classes"]), "none") for s in group]
+    prompts.write_text("\n".join(texts[:-1]))  # one is left to the teacher's own text tower
+    data = tmp_path / "data"
+    download(worlds.download_config(manifest, folder, buckets=1), data, processes=1, threads=4)
+    teacher_embed(worlds.teacher_config(card, prompts, views=1), data, device="cpu", workers=1)
+    select(worlds.select_config(val=0.3, test=0.3, near_duplicates=1.0), data)
+    distill(seeing.distill_config(), data, device="cpu", workers=1)
+    config = seeing.evaluate_config(segmentation=worlds.segmentation(card, **how))
+    found = evaluate(config, data, device="cpu", workers=1)
+    return found["segmentation"], (data / "evaluation/report.html").read_text()
+
+
+def many(folder: Path, count: int, image: str, mask: str, write) -> None:
+    for i in range(count):
+        photo = folder / image.format(i)
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(worlds.picture(100 + i, 48, 40, "JPEG"))
+        write(folder / mask.format(i), values(i % 2))
+
+
+@pytest.mark.parametrize("kind", ["voc", "ade20k"])
+def test_a_published_folder_is_imported_and_scored(kind, tmp_path, tiny_teacher):
+    folder, manifest, classes = tmp_path / "set", tmp_path / "m.csv", tmp_path / "classes.txt"
+    if kind == "voc":
+        many(folder, 24, "JPEGImages/{}.jpg", "SegmentationClass/{}.png", palette_mask)
+        lists = folder / "ImageSets/Segmentation/trainval.txt"
+        lists.parent.mkdir(parents=True)
+        lists.write_text("\n".join(map(str, range(24))))
+        classes.write_text("aeroplane, plane\nbicycle\n")
+        assert write_voc_manifest(folder, manifest) == 24
+        how = {}
+    else:
+        names = "images/training/{}.jpg", "annotations/training/{}.png"
+        many(folder, 24, *names, palette_mask)
+        (folder / "objectInfo150.txt").write_text(
+            HEADER + "1\t1\t1\t1\t0\twall\n2\t1\t1\t1\t0\tsky\n"
+        )
+        assert write_ade20k_manifest(folder, manifest, classes) == 24
+        how = {"background": "none", "zero_is": "ignore"}
+    found, report = scored(folder, manifest, tiny_teacher, tmp_path, classes=str(classes), **how)
+    assert found["classes"] == 2 and found["images"] >= 3 and found["without_mask"] == 0
+    for name in ("mIoU", "mIoU_with_image", "mIoU_image_level", "mIoU_teacher"):
+        assert 0 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= 1
+    assert found["mIoU"]["floor"] < found["mIoU"]["ceiling"] <= 1
+    assert (found["threshold"] is None) == (kind == "ade20k")
+    assert "teacher_left_out" not in found
+    assert report.count("truth: ") >= 3 and "teacher, dense features: " in report
+    row = re.search(r"segmentation mIoU <small>.*?</tr>", report, re.DOTALL)[0]
+    assert f"{found['mIoU']['floor']:.3f}" in row and f"{found['mIoU']['ceiling']:.3f}" in row

@@ -77,7 +77,8 @@ def test_each_step_shows_one_size_as_a_function_of_its_number(tmp_path):
 
 def test_a_student_learns_all_sizes_with_one_set_of_weights(tmp_path):
     stored.write_data(tmp_path)
-    config = stored.distill_config(image_sizes=SIZES, views=1)
+    loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.5, "caption": 0.0}
+    config = stored.distill_config(image_sizes=SIZES, views=1, loss=loss)
     torch.manual_seed(0)
     student = small_student(embedding_size=32, heads=4, layers=1)
     before = {name: x.clone() for name, x in student.named_parameters()}

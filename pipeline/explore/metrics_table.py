@@ -10,6 +10,7 @@ GROUPS = (
     "box_search",
     "pointing",
     "zero_shot",
+    "segmentation",
 )
 
 
@@ -27,8 +28,9 @@ def figures_table(figures: dict) -> str:
                     centre = f"{figure['centre']:.3f}"
                     rows.append((f"{title}, always the centre", centre, "", "", ""))
     left_out = [
-        f"left out: {group}, for {figures[group]['left_out']}"
+        f"left out: {' '.join([group, *key.split('_')[:-2]])}, for {reason}"
         for group in GROUPS
-        if "left_out" in figures.get(group, {})
+        for key, reason in figures.get(group, {}).items()
+        if key.endswith("left_out")
     ]
     return "\n".join([table(names, rows), *left_out])

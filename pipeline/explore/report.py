@@ -205,7 +205,11 @@ def _quality(found: dict) -> dict:
     return {
         "table": table,
         "counts": counts,
-        "left_out": {k.split(".")[0]: v for k, v in _flat(found).items() if "left_out" in k},
+        "left_out": {
+            re.sub(r"\W|_?left_out", " ", k).strip(): v
+            for k, v in _flat(found).items()
+            if k.endswith("left_out")
+        },
         "apart": APART,
         "alt": f"Share of the way from floor to ceiling: {shares}.",
     } | report_charts.in_both_lights(partial(report_charts.quality_chart, drawn))
