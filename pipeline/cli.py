@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli_import import imports
+from pipeline.cli_store import stores
 from pipeline.core.errors import PipelineError
 from pipeline.core.terminal import fail, guard, output, say
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     `dvc repro` runs every stage in order, as params.yaml says; the commands below run one.""",
 )
 app.add_typer(imports, name="import", rich_help_panel="Files in and out")
+app.add_typer(stores, name="store", rich_help_panel="Files in and out")
 
 STAGES, LOOK, FILES = "Stages, in order", "Questions", "Files in and out"
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]

@@ -7,11 +7,21 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 from worlds import run_code
 
+from pipeline import cli
 from pipeline.core import outs
 from pipeline.core.layout import STAMP_FILE
-from pipeline.core.plans import bring_in, carry_out, finished, publish, scratch_folder, store_of
+from pipeline.core.plans import (
+    bring_in,
+    carry_out,
+    finished,
+    publish,
+    scratch_folder,
+    store_of,
+    unneeded,
+)
 from pipeline.core.provenance import PARTIAL, digest, file_digest, read_stamp
 from pipeline.core.records import Entry, Part, Plan, Recipe
 from pipeline.core.store import Store, entry_of, may_live, process_name
@@ -283,6 +293,38 @@ def test_shards_are_copied_where_the_file_system_has_no_links(tmp_path, monkeypa
     run(tmp_path, plan_of(1))
     shutil.rmtree(tmp_path / FOLDER)
     assert run(tmp_path, plan_of(1)) == [] and texts(tmp_path) == origins(plan_of(1))
+
+
+# Collecting
+
+
+def test_only_what_no_published_stamp_names_and_is_old_may_be_collected(tmp_path):
+    run(tmp_path, plan_of(1))
+    store = store_of(tmp_path, STAGE)
+    old, young = (put(store, part) for part in plan_of(9).parts)
+    for entry in store.entries():
+        if entry != young:
+            os.utime(store.path(entry), (time.time() - 15 * 24 * 3600,) * 2)
+    assert unneeded(tmp_path, 14) == [store.path(old)]
+    assert set(unneeded(tmp_path, 0)) == {store.path(old), store.path(young)}
+
+
+def test_the_command_names_first_and_deletes_only_when_told(tmp_path):
+    run(tmp_path, plan_of(1))
+    store = store_of(tmp_path, STAGE)
+    left = put(store, plan_of(9).parts[0])
+
+    def collect(*options: str) -> str:
+        arguments = ["store", "gc", "--days", "0", "--data", str(tmp_path), *options]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert left.stored in collect() and "add --delete" in collect()
+    assert store.path(left).exists()
+    assert "1 shards" in collect("--delete") and not store.path(left).exists()
+    assert "nothing to delete" in collect("--delete")
+    assert run(tmp_path, plan_of(1)) == []
 
 
 # Leftovers

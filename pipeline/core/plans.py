@@ -136,6 +136,20 @@ def publish(
     return stamp
 
 
+def unneeded(data: Path, days: float) -> list[Path]:
+    """Shards of all stores that no published stamp names and that are older than so many days."""
+    found = []
+    for folder in sorted({stage.folder for stage in STAGES.values()}):
+        store = Store(data / STORE / folder)
+        named, young = store.published(), time.time() - days * 24 * 3600
+        found += [
+            store.path(entry)
+            for entry in store.entries()
+            if entry.stored not in named and store.time(entry) < young
+        ]
+    return found
+
+
 @contextmanager
 def scratch_folder(data: Path, stage: str) -> Iterator[Path]:
     """A folder of this process alone below data/.work. It goes when the work has ended; those of

@@ -132,16 +132,21 @@ class Store:
         write_json(path, stamp.model_dump())
         return path
 
+    def published(self) -> set[str]:
+        """The stored names that noted stamps name; one that is damaged names nothing."""
+        names = set()
+        for path in (self.folder / _STAMPS).glob("*.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                files = json.loads(path.read_text())["files"].values()
+                names |= {file["stored"] for file in files}
+        return names
+
     def supersede(self, stamp: Stamp) -> None:
         """Remove what other published stamps name and this one does not, and what lost against a
         shard of this one."""
-        kept = {file.stored for file in stamp.files.values()}
-        published = set()
+        kept, published = {file.stored for file in stamp.files.values()}, self.published()
         for path in (self.folder / _STAMPS).glob("*.json"):
             if path.stem != stamp.stamp:
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                    files = json.loads(path.read_text())["files"].values()
-                    published |= {file["stored"] for file in files}
                 path.unlink()
         won = {(e.name, e.origin): e.round for e in self.entries() if e.stored in kept}
         for entry in self.entries():
