@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
+from zipfile import BadZipFile, ZipInfo
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,7 @@ VERSION = 2  # raise it when the same source gives other shards
 PROMPTS = "texts/prompts.parquet"
 PATHS, KEYS = ("url", "image_path", "image"), ("key", "image_id")
 NAMES = (*PATHS, *KEYS)  # columns that may name an image
+SLACK = 1 << 20  # bytes
 TEXTS = ("caption", "prompt")
 SAME = 1e-3  # largest difference of any value between two unit vectors that count as one
 OPENAI_CLIP = Preprocessing()
@@ -181,11 +183,31 @@ def _number(path: Path) -> str:
 def _npz(path: Path) -> Part:
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+            used = [name for name in ("embedding", *NAMES, *TEXTS) if name in file.files]
+            _refuse_swollen(path, {name: file.zip.getinfo(f"{name}.npy") for name in used})
+            columns = {name: file[name] for name in used}
+    except (OSError, ValueError, KeyError, MemoryError, BadZipFile) as error:
         raise PipelineError(f"{path} cannot be read as npz: {error}") from None
     vectors = columns.pop("embedding", np.zeros(0))
     return _whole(path, {n: columns[n].tolist() for n in (*NAMES, *TEXTS) if n in columns}, vectors)
+
+
+def _refuse_swollen(path: Path, members: dict[str, ZipInfo]) -> None:
+    """Before anything is allocated: vectors hardly compress, and names are not longer than they."""
+    vectors = members.get("embedding")
+    if vectors is None:
+        return
+    if vectors.file_size > 4 * vectors.compress_size + SLACK:
+        raise PipelineError(
+            f"{path}: embedding is said to have {vectors.file_size} bytes, and is compressed to "
+            f"{vectors.compress_size}: no embeddings are. Write it anew with numpy.savez."
+        )
+    for name, member in members.items():
+        if member.file_size > 16 * vectors.file_size + SLACK:
+            raise PipelineError(
+                f"{path}: {name} is said to have {member.file_size} bytes beside an embedding of "
+                f"{vectors.file_size}: expected a short text a row."
+            )
 
 
 def _whole(path: Path, columns: dict[str, list], vectors: np.ndarray) -> Part:

@@ -24,6 +24,8 @@ from pipeline.explore.query_vectors import Queries
 from pipeline.explore.search import search
 from pipeline.explore.serve import LOCAL, listen, make_app, make_server, serve
 
+TOKEN = "a-token-of-this-test"
+
 
 @pytest.fixture(scope="module")
 def data(small_world, tmp_path_factory):
@@ -46,8 +48,8 @@ def running(app):
 
 @pytest.fixture(scope="module")
 def site(data):
-    with running(make_app(data, None, LOCAL)) as address:
-        yield address
+    with running(make_app(data, None, LOCAL, TOKEN)) as address:
+        yield f"{address}/{TOKEN}"
 
 
 def get(address: str, **headers) -> tuple[int, str, bytes]:
@@ -62,7 +64,7 @@ def get(address: str, **headers) -> tuple[int, str, bytes]:
 
 def test_the_page_shows_what_the_search_finds(site, data):
     status, _, body = get(f"{site}/?q=a+red+circle")
-    found = re.findall(r"/look/(\w+)\?q=a%20red%20circle", body.decode())
+    found = re.findall(rf"/{TOKEN}/look/(\w+)\?q=a%20red%20circle", body.decode())
     hits = search(data, Queries(data).text("a red circle"), 12)
     assert status == 200
     assert found == [hit.image_id for hit in [*hits.student, *hits.teacher]]
@@ -107,9 +109,81 @@ def test_another_sites_name_is_refused(site):
     assert get(f"{site}/?q=a+red+circle", Host="evil.example")[0] == 400
 
 
+PATHS = [
+    "",
+    "/",
+    "/?q=a+red+circle",
+    "/image/{key}",
+    "/map/{key}?q=x",
+    "/weights/{key}",
+    "/look/{key}?q=x",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("token", ["", "/x", f"/{TOKEN}x", f"/{TOKEN[:-1]}", "/%00", "//", "/é"])
+def test_without_the_token_nothing_is_told(site, data, path, token):
+    """Neither to another user of this machine nor to an <img> of another page: an image that is
+    there and one that is not give the same answer, byte for byte."""
+    key = search(data, Queries(data).text("a red circle"), 1).student[0].image_id
+    root = site.removesuffix(f"/{TOKEN}") + urllib.parse.quote(token, safe="/%")
+    answers = {get(root + path.format(key=name)) for name in (key, "none")}
+    assert len(answers) == 1
+    [(status, _, body)] = answers
+    assert status == 403 and b"pipeline serve" in body and key.encode() not in body
+
+
+@pytest.mark.parametrize("origin", ["cross-site", "same-site", "nonsense"])
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_a_page_of_another_site_is_refused_even_with_the_token(site, path, origin):
+    """same-site is another port of this machine."""
+    headers = {"Sec-Fetch-Site": origin}
+    assert get(site + path.format(key="none"), **headers)[0] == 403
+    assert get(site + "/", **{"Sec-Fetch-Site": "same-origin"})[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/image/none", "/nowhere", "/../x"])
+def test_every_answer_forbids_other_sites_to_embed_it(site, path):
+    for root in (site, site.removesuffix(TOKEN)):
+        try:
+            headers = urllib.request.urlopen(root + path, timeout=30).headers
+        except urllib.error.HTTPError as error:
+            headers = error.headers
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
+        assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_each_start_draws_a_token_of_its_own(data, monkeypatch):
+    """No server starts: what it would serve is asked instead."""
+    from pipeline.explore import serve as module
+
+    said = []
+    monkeypatch.setattr(module.uvicorn.Server, "run", lambda *_, **__: None)
+    for _ in range(2):
+        serve(data, None, "127.0.0.1", 0, public=False, announce=said.append)
+    tokens = [re.fullmatch(r"http://127\.0\.0\.1:\d+/([\w-]{32})/  .*", line)[1] for line in said]
+    assert tokens[0] != tokens[1]
+
+
+def test_another_page_in_the_browser_cannot_tell_whether_an_image_is_here(site, data, tmp_path):
+    """An <img> of a page on another port: with the token missing both fail, with it both too."""
+    key = search(data, Queries(data).text("a red circle"), 1).student[0].image_id
+    root = site.removesuffix(f"/{TOKEN}")
+    images = [f"{root}/image/{key}", f"{root}/image/none", f"{site}/image/{key}"]
+    page = "".join(f"<img src='{url}' onload='this.alt=1' onerror='this.alt=2'>" for url in images)
+    (tmp_path / "evil.html").write_text(page)
+    with browser.chromium(tmp_path, width=800) as driver:
+        driver.get((tmp_path / "evil.html").as_uri())
+        script = """const done = arguments[0], images = [...document.images];
+            setTimeout(() => done(images.map(i => i.naturalWidth)), 1500)"""
+        assert driver.execute_async_script(script) == [0, 0, 0]
+
+
 def test_nothing_comes_from_elsewhere(site):
     body = get(f"{site}/?q=a+red+circle")[2].decode()
-    assert not re.search(r"(?:src|href|action)=\"(?!/|data:|#)", body)
+    assert not re.search(rf"(?:src|href|action)=\"(?!/{TOKEN}/|data:|#)", body)
     assert "<script" not in body
 
 
@@ -139,7 +213,7 @@ def test_serving_needs_a_student(small_world):
 @pytest.mark.parametrize("width", [1000, 390])
 def test_typing_searching_and_clicking_in_a_browser(site, tmp_path, width):
     with browser.chromium(tmp_path, width=width) as driver:
-        driver.get(site)
+        driver.get(site + "/")
         driver.find_element("name", "q").send_keys("a red circle\n")
         sides = [heading.text for heading in driver.find_elements("tag name", "h2")]
         assert sides == ["by student", "by teacher"]

@@ -24,6 +24,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
+LARGEST_STUDENT = 1_000_000_000  # parameters: what a file says is allocated before it is read
+LARGEST_GRID = 64  # patches a side; attention takes the fourth power
+
+
 class StudentConfig(Record):
     """Everything that fixes a student's shape.
 
@@ -50,6 +54,14 @@ class StudentConfig(Record):
         if self.embedding_size % self.heads:
             raise ValueError(
                 f"embedding_size {self.embedding_size} is not a multiple of heads {self.heads}"
+            )
+        if self.grid > LARGEST_GRID:
+            raise ValueError(f"{self.grid} patches a side; at most {LARGEST_GRID} are attended to")
+        width = self.embedding_size + self.heads
+        size = 12 * self.layers * width**2 + 3 * self.patch_size**2 * width
+        if size > LARGEST_STUDENT:
+            raise ValueError(
+                f"about {size:.1e} parameters; a student has at most {LARGEST_STUDENT}"
             )
         return self
 

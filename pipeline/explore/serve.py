@@ -1,10 +1,16 @@
 """`pipeline serve`: type a text, see what student and teacher find, click an image for its map.
 
 Plain pages without scripts, from vectors in memory; needs the extra `web` (FastAPI, uvicorn).
+
+Who is kept out: other machines (it listens on loopback unless --public), other users of this machine
+(every address begins with a token that is drawn at the start and shown to who started it), and pages
+of other sites in the same browser, which can send requests here: without the token they learn not
+even whether an image is there, and the browser's word on where a request comes from must be "here".
 """
 
 import errno
 import ipaddress
+import secrets
 import socket
 import threading
 from collections.abc import Callable
@@ -24,7 +30,7 @@ from pipeline.models.patches import PatchView, entropy, in_shares, student_view
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import APIRouter, FastAPI, HTTPException, Request
     from fastapi.responses import HTMLResponse, Response
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError as error:
@@ -40,7 +46,11 @@ HEADERS = {
     "style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
 }
+REFUSED = "Open the complete address that `pipeline serve` printed, by pasting it.\n"
 
 
 def serve(
@@ -52,15 +62,17 @@ def serve(
     public: bool,
     announce: Callable[[str], None],
 ) -> None:
-    """Answer until interrupted. port 0 takes a free one; announce is told the address.
+    """Answer until interrupted. port 0 takes a free one; announce is told the address, which holds
+    the token.
 
     Raises PipelineError: an address that others can reach without public, a port in use, no
     student or index yet.
     """
     with listen(host, port, public=public) as listener:
-        app = make_app(data, card, hosts=["*"] if public else LOCAL)
-        number = listener.getsockname()[1]
-        announce(f"http://{f'[{host}]' if ':' in host else host}:{number}/  (Ctrl-C ends it)")
+        token = secrets.token_urlsafe(24)
+        app = make_app(data, card, hosts=["*"] if public else LOCAL, token=token)
+        name = f"[{host}]" if ":" in host else host
+        announce(f"http://{name}:{listener.getsockname()[1]}/{token}/  (Ctrl-C ends it)")
         make_server(app).run(sockets=[listener])
 
 
@@ -93,22 +105,27 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
 
 
-def make_app(data: Path, card: Path | None, hosts: list[str]) -> FastAPI:
-    """The pages, for requests that name one of hosts (so no other site can ask through a browser)."""
+def make_app(data: Path, card: Path | None, hosts: list[str], token: str) -> FastAPI:
+    """The pages, below /token/, for requests that name one of hosts and come from no other site."""
     rooms = _Rooms(data, card)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     source = files("pipeline.explore").joinpath("serve.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(source, globals={"thumbnail": _thumbnail})
+    page = environment.from_string(source, globals={"thumbnail": _thumbnail, "root": f"/{token}"})
 
     @app.middleware("http")
     async def harden(request: Request, call_next):
-        response = await call_next(request)
+        first = request.url.path.removeprefix("/").partition("/")[0]
+        known = secrets.compare_digest(first.encode(), token.encode())
+        here = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+        response = await call_next(request) if known and here else Response(REFUSED, 403)
         response.headers.update(HEADERS)
         return response
 
-    @app.get("/", response_class=HTMLResponse)
+    pages = APIRouter(prefix=f"/{token}")
+
+    @pages.get("/", response_class=HTMLResponse)
     def results(q: str = "") -> HTMLResponse:
         values = {"text": q, "hits": None, "look": None, "error": None, "images": len(rooms)}
         try:
@@ -117,24 +134,25 @@ def make_app(data: Path, card: Path | None, hosts: list[str]) -> FastAPI:
             return HTMLResponse(page.render(values | {"error": str(error)}), status_code=400)
         return HTMLResponse(page.render(values))
 
-    @app.get("/look/{image_id}", response_class=HTMLResponse)
+    @pages.get("/look/{image_id}", response_class=HTMLResponse)
     def look(image_id: str, q: str) -> HTMLResponse:
         found = _or_404(rooms.look, image_id, q)
         values = {"text": q, "hits": None, "look": found, "error": None, "images": len(rooms)}
         return HTMLResponse(page.render(values))
 
-    @app.get("/image/{image_id}")
+    @pages.get("/image/{image_id}")
     def image(image_id: str) -> Response:
         return Response(_or_404(rooms.jpg, image_id), media_type="image/jpeg")
 
-    @app.get("/map/{image_id}")
+    @pages.get("/map/{image_id}")
     def text_map(image_id: str, q: str) -> Response:
         return Response(_or_404(rooms.text_map, image_id, q), media_type="image/png")
 
-    @app.get("/weights/{image_id}")
+    @pages.get("/weights/{image_id}")
     def weights_map(image_id: str) -> Response:
         return Response(_or_404(rooms.weights_map, image_id), media_type="image/png")
 
+    app.include_router(pages)
     return app
 
 

@@ -45,7 +45,7 @@ def import_checkpoint(file: Path | str, out_folder: Path | str) -> Student:
     file = Path(file)
     checkpoint = _read(file)
     student = student_from_state(checkpoint["model_state_dict"], file)
-    teacher = getattr(checkpoint.get("teacher_model_args"), "values", None)
+    teacher = _words(checkpoint.get("teacher_model_args"))
     student.save(
         out_folder,
         teacher={"published_teacher_model_args": repr(teacher)} if teacher else None,
@@ -66,6 +66,7 @@ def student_from_state(state: dict[str, Tensor], source: Path | str) -> Student:
     The sizes follow from the shapes: E is the length of the otherwise unused ln_post, H = W - E.
     source: named in errors.
     """
+    _refuse_what_is_not_stored(state, source)
     try:
         width, channels, side, _ = state["conv1.weight"].shape
         patches = len(state["positional_embedding"])
@@ -98,8 +99,39 @@ def student_from_state(state: dict[str, Tensor], source: Path | str) -> Student:
     return student.eval()
 
 
+def _refuse_what_is_not_stored(state: dict, source: Path | str) -> None:
+    """A tensor can be a view that repeats one stored value: anything done with it allocates it all."""
+    for name, tensor in state.items():
+        if not (
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        ):
+            raise PipelineError(
+                f"{source} holds no published student: model_state_dict maps "
+                f"{type(name).__name__} to {type(tensor).__name__}, expected names to tensors"
+            )
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > stored:
+            raise PipelineError(
+                f"{source}: {name} of shape {tuple(tensor.shape)} stores {stored} bytes: it is no "
+                "whole tensor"
+            )
+
+
+def _refuse_compressed(file: Path) -> None:
+    """torch.save stores its bytes as they are; an archive that unpacks to more is none of its."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > file.stat().st_size:
+            raise PipelineError(
+                f"{file} is no checkpoint of torch.save: it unpacks to {unpacked} bytes, and has "
+                f"{file.stat().st_size}"
+            )
+
+
 def _read(file: Path) -> dict:
     try:
+        _refuse_compressed(file)
         enums = [name for name in get_unsafe_globals_in_checkpoint(file) if _harmless(name)]
         with safe_globals([(_StandIn, name) for name in enums]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -109,7 +141,15 @@ def _read(file: Path) -> dict:
         raise PipelineError(
             f"{file} was not loaded: it asks for code that weights do not need. {_first(error)}"
         ) from None
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        RecursionError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
         raise PipelineError(f"{file} is no checkpoint of torch.save: {_first(error)}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise PipelineError(
@@ -125,6 +165,16 @@ def _harmless(name: str) -> bool:
 
 def _first(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _words(enum) -> tuple | None:
+    """The values of the stand-in, of which only texts and numbers are kept: tuples that share their
+    parts forty deep have 2**40 of them.
+    """
+    values = getattr(enum, "values", None)
+    if values is None:
+        return None
+    return tuple(v if isinstance(v, str | int | float) else type(v).__name__ for v in values)
 
 
 def _number(value) -> float | int | None:
