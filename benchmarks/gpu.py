@@ -26,7 +26,7 @@ import torch
 from student_speed import PUBLISHED, bare_products
 from worlds import full_size_card, photos, write_data
 
-from pipeline.core.config import DistillConfig, load_section
+from pipeline.core.config import load_section
 from pipeline.data import shards
 from pipeline.models.blocks import Attention
 from pipeline.models.student import Student
@@ -43,9 +43,9 @@ PEAK = 989e12  # bfloat16 FLOP/s of an H100 or H200, dense
 DRAWN = 512  # distinct images; they are repeated
 KINDS = {  # of kernels, by their names; the first that fits
     "element-wise": r"^triton_",
-    "optimiser and clipping": r"[Aa]dam|multi_tensor|lerp",
+    "optimiser and clipping": r"[Aa]dam|multi_tensor|lerp|_foreach|Optimizer",
     "attention": r"fmha|flash|attention|sdp",
-    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitK",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|splitK|aten::(add|b|badd)?b?mm$",
     "copies": r"[Mm]emcpy|[Mm]emset|copy|Cat",
 }
 Row = tuple[str, float, str]
@@ -60,15 +60,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=60, help="of training end to end")
     parser.add_argument("--device", default="cuda")
+    parts = (decoding, loading, default_step, end_to_end, profile, stage_one, other_steps)
+    parser.add_argument("--only", choices=[part.__name__ for part in parts], help="one part")
     args = parser.parse_args()
     device = torch.device(args.device)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         began, folder = time.monotonic(), Path(scratch)
-        jpgs = drawn(args.images, args.workers)
-        write_data(folder / "data", jpgs, PUBLISHED.embedding_size, args.images // 8)
-        note(began, "images drawn")
-        for part in (decoding, loading, default_step, end_to_end, profile, stage_one, other_steps):
+        jpgs = []
+        if args.only not in ("default_step", "profile", "other_steps"):
+            jpgs = drawn(args.images, args.workers)
+            write_data(folder / "data", jpgs, PUBLISHED.embedding_size, args.images // 8)
+            note(began, "images drawn")
+        for part in [part for part in parts if args.only in (None, part.__name__)]:
             try:
                 for row in part(args, folder, jpgs, device):
                     rows.append(row)
@@ -129,11 +133,12 @@ def decode_kept(_) -> None:
         simplejpeg.decode_jpeg(jpg, "RGB")
 
 
-def trainer(args, device, **changes) -> Trainer:
+def trainer(args, device) -> Trainer:
     config = load_section(PRESET, "distill").model_copy(
-        update={"student": PUBLISHED, "batch": args.batch, "warmup": 0, **changes}
+        update={"student": PUBLISHED, "batch": args.batch, "warmup": 0}
     )
-    config = DistillConfig.model_validate(config.model_dump())
+    if device.type == "cpu":
+        config = config.model_copy(update={"precision": "float32"})
     torch.manual_seed(0)
     mean = np.full(PUBLISHED.embedding_size, PUBLISHED.embedding_size**-0.5, np.float32)
     return Trainer(config, Student(PUBLISHED), mean, Ranks(device))
@@ -225,29 +230,30 @@ def profile(args, folder: Path, jpgs, device) -> Iterator[Row]:
     from torch.profiler import profile as watched
 
     found, ready = trainer(args, device), ready_batch(args, device)
-    for _ in range(5):
+    on_gpu, steps = device.type == "cuda", 10
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    for _ in range(3):
         taken(found, ready)
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
-    with watched(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        for _ in range(10):
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with watched(activities=kinds) as seen:
+        for _ in range(steps):
             taken(found, ready)
-        torch.cuda.synchronize()
+        wait()
     wall = time.perf_counter() - began
     spent: Counter = Counter()
     for event in seen.events():
-        if not str(event.device_type).endswith("CUDA") or getattr(event, "is_user_annotation", 0):
+        on_device = str(event.device_type).endswith("CUDA")
+        if on_device != on_gpu or getattr(event, "is_user_annotation", False):
             continue
         kind = next((k for k, form in KINDS.items() if re.search(form, event.name)), "element-wise")
-        spent[kind] += event.device_time_total
+        spent[kind] += event.device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())
-    shares = ", ".join(f"{kind} {time / total:.0%}" for kind, time in spent.most_common())
-    rate = 10 * args.batch / wall
-    yield (
-        "profile of a step (slower for being watched)",
-        rate,
-        (f"{shares}; kernels cover {total / 1e6 / wall:.0%} of the time"),
-    )
+    shares = ", ".join(f"{kind} {time / total:.1%}" for kind, time in spent.most_common())
+    covered = f"kernels cover {total / 1e6 / wall:.0%} of the time"
+    rate = steps * args.batch / wall
+    yield "profile of a step (slower for being watched)", rate, f"{shares}; {covered}"
 
 
 # The whole way
