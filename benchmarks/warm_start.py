@@ -47,9 +47,8 @@ def main() -> None:
     base = base.model_copy(update={"steps": args.steps or base.steps})
     with tempfile.TemporaryDirectory() as scratch:
         most, own = (part_of(args.data, Path(scratch) / name, name) for name in ("most", "own"))
-        small = base.model_copy(
-            update={"student": base.student.model_copy(update={"image_size": 48})}
-        )
+        shape = base.student.model_copy(update={"image_size": 48})
+        small = base.model_copy(update={"student": shape, "image_sizes": [48]})
         start = Path(scratch) / "start"
         trained(small, most).save(start, provenance={})
         quarter = {"steps": base.steps // 4, "warmup": base.warmup // 4}

@@ -284,7 +284,7 @@ def test_loader_processes_end_with_a_parent_that_is_killed_while_they_start(data
 
         if __name__ == "__main__":
             rows = Dataset(Path(sys.argv[1]), "train", 32, "bicubic")
-            with Loader(rows, GivenOrder(range(10), 2), 0, 2, 2, processes=True) as loader:
+            with Loader(rows, GivenOrder(range(10), 2, 32), 0, 2, 2, processes=True) as loader:
                 filled = loader._by_processes(iter([(0, 0)] * 10))
                 import threading, time
                 threading.Thread(target=lambda: next(filled), daemon=True).start()
