@@ -125,21 +125,28 @@ def import_embeddings(
             texts_alone = [(None, text, prompts[text]) for text in sorted(prompts)]
             _commit_texts(work, PROMPTS, [texts_alone], size)
             counts |= text_counts
-            summary = TeacherSummary(
-                teacher=identity,
-                embedding_size=size,
-                preprocessing=preprocessing,
-                dtype="imported",
-                batch=None,
-                least_cosine_to_float32=None,
-                views=1,
-                images=counts.pop("images"),
-                texts=counts.pop("texts"),
-                further_counts=counts,
-            )
+            summary = _summary(identity, preprocessing, size, counts)
             files = [f"{kind}/{name}" for name in names for kind in ("images", "texts")]
             work.publish([*files, PROMPTS], summary.model_dump(mode="json"))
         return teacher_summary(data)
+
+
+def _summary(
+    identity: TeacherIdentity, preprocessing: Preprocessing, size: int, counts: dict[str, int]
+) -> TeacherSummary:
+    """counts: rows of images and texts, and whatever else was counted."""
+    rows = ("images", "texts")
+    return TeacherSummary(
+        teacher=identity,
+        embedding_size=size,
+        preprocessing=preprocessing,
+        dtype="imported",
+        batch=None,
+        least_cosine_to_float32=None,
+        views=1,
+        **{name: counts[name] for name in rows},
+        further_counts={name: count for name, count in counts.items() if name not in rows},
+    )
 
 
 def _source_files(source: Path) -> list[Path]:

@@ -40,7 +40,8 @@ def world(tmp_path_factory) -> Path:
     urls = [f"file:{'a' if i < 20 else 'b'}/{i:02} x.png" for i in range(IMAGES)]
     (root / "manifest.csv").write_text("url\n" + "\n".join(urls) + "\nfile:a/lost.png\n")
     config = DownloadConfig(
-        manifest=str(root / "manifest.csv"), root=str(root / "photos"), rows_per_shard=30, image_size=32,
+        manifest=str(root / "manifest.csv"), root=str(root / "photos"), rows_per_shard=30,
+        round=0, image_size=32,
         quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
         per_host=1, allow=[], robots=False,
     )  # fmt: skip
@@ -175,7 +176,8 @@ def test_a_file_name_that_two_images_share_leads_to_neither(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "photos" / folder / "same.png")
     (tmp_path / "m.csv").write_text("url\nfile:a/same.png\nfile:b/same.png\n")
     config = DownloadConfig(
-        manifest=str(tmp_path / "m.csv"), root=str(tmp_path / "photos"), rows_per_shard=10_000, image_size=32,
+        manifest=str(tmp_path / "m.csv"), root=str(tmp_path / "photos"), rows_per_shard=10_000,
+        round=0, image_size=32,
         quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
         per_host=1, allow=[], robots=False,
     )  # fmt: skip
@@ -306,7 +308,8 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
     urls = "\n".join(f"file:{name}" for name in names)
     (tmp_path / "m.csv").write_text(f"url\n{urls}\n")
     config = DownloadConfig(
-        manifest=str(tmp_path / "m.csv"), root=str(shared / "photos/flickr8k"), rows_per_shard=10_000,
+        manifest=str(tmp_path / "m.csv"), root=str(shared / "photos/flickr8k"),
+        rows_per_shard=10_000, round=0,
         image_size=256, quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6,
         max_redirects=0, per_host=1, allow=[], robots=False,
     )  # fmt: skip

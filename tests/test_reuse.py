@@ -46,11 +46,14 @@ def statuses(checkout: Checkout) -> list[str]:
 
 
 def clone(of: Checkout, folder: Path) -> Checkout:
-    """What git would bring, and nothing of data/."""
-    folder.mkdir()
-    made = Checkout(folder)
-    for name in ("params.yaml", "dvc.lock", "manifests/urls.csv", ".dvc/config"):
-        shutil.copy(of.folder / name, folder / name)
+    """What git would bring, and nothing of data/ or of DVC's cache."""
+    shutil.copytree(
+        of.folder,
+        folder,
+        ignore=lambda at, names: {"data"} if Path(at) == of.folder else {"cache", "tmp"},
+    )
+    made = Checkout.__new__(Checkout)
+    made.folder = folder
     return made
 
 
@@ -58,6 +61,7 @@ def clone(of: Checkout, folder: Path) -> Checkout:
 def site():
     pages = {f"/{i:02}.png": worlds.picture(i) for i in range(COUNT + 5)}
     with web.serve(pages) as server:
+        server.pages = pages
         yield server
 
 
@@ -90,9 +94,8 @@ def test_a_clone_pays_for_the_difference_alone_and_a_dead_host_costs_nothing(fir
 
     for folder in (".store", ".work"):  # the cache is enough
         shutil.rmtree(second.folder / "data" / folder)
-    site.closing.set()
-    urls = [site.url(f"/{i:02}.png") for i in range(COUNT + 1)]
-    write_urls(second, [url.replace("127.0.0.1", "127.0.0.1") for url in urls[::-1]])
+    site.pages.clear()
+    write_urls(second, [site.url(f"/{i:02}.png") for i in reversed(range(COUNT + 1))])
     second.set(download={"rows_per_shard": 7, "timeout": 0.5})
     second.run("dvc", "repro", "teacher_embed")
     assert statuses(second) == ["ok"] * (COUNT + 1)
