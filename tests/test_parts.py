@@ -117,10 +117,12 @@ class Bench:
             shutil.copytree(self.reference / "images", data / "images")
         return data
 
-    def judge(self, command: str, data: Path) -> None:
-        """The plain command publishes what the parts made, byte for byte that of one process."""
-        self.run(command, data)
+    def judge(self, command: str, data: Path) -> str:
+        """The plain command publishes what the parts made, byte for byte that of one process; what
+        it said."""
+        said = self.run(command, data)
         assert out_bytes(data / OUTS[command]) == out_bytes(self.reference / OUTS[command])
+        return said
 
 
 def out_bytes(out: Path) -> dict[str, bytes]:
@@ -173,7 +175,8 @@ def test_parts_of_another_plan_are_not_mixed_in(bench, tmp_path, small_world):
         bench.run("teacher-embed", data, "--part", "0/2")
     finally:
         bench.params = right
-    bench.judge("teacher-embed", data)
+    said = bench.judge("teacher-embed", data)
+    assert "belong to another plan, whose crops.seed differ" in said
 
 
 @pytest.mark.faults

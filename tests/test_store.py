@@ -45,6 +45,9 @@ class Maker:
     def is_settled(self, entry: Entry) -> bool:
         return self.settled
 
+    def differences(self, entry: Entry) -> list[str]:
+        return ["value"]
+
     def make(self, names):
         for part in self.plan.parts:
             if part.name in names:

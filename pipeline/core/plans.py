@@ -31,6 +31,9 @@ class Maker(Protocol):
     def is_settled(self, entry: Entry) -> bool:
         """Whether an entry of an earlier round needs nothing in the plan's round."""
 
+    def differences(self, entry: Entry) -> list[str]:
+        """What an entry of another plan was made with that this plan asks otherwise."""
+
 
 def store_of(data: Path, stage: str) -> Store:
     """The store of a stage on this disk."""
@@ -52,11 +55,26 @@ def carry_out(
     if len(entries) < len(plan.parts):
         bring_in(data, plan.stage, store)
         entries = finished(plan, store, maker)
+        _name_other_plans(entries, store, maker)
     names = sorted(part.name for part in plan.parts)
     mine = share(names) if share else names
     for entry in maker.make([name for name in mine if name not in entries]):
         entries[entry.name] = entry
     return entries
+
+
+def _name_other_plans(entries: dict[str, Entry], store: Store, maker: Maker) -> None:
+    """Say which shards in the store were finished for another plan and never published: of a run that
+    was ended, or of a part that was started with other parameters."""
+    known = store.published() | {entry.stored for entry in entries.values()}
+    others = [e for e in store.entries() if e.stored not in known and store.sound(e)]
+    if others:
+        found = sorted({name for entry in others for name in maker.differences(entry)})
+        say(
+            f"note: {len(others)} shards in {store.folder} belong to another plan, whose "
+            f"{', '.join(found) or 'shards'} differ: what fits of their rows is reused, and they stay.",
+            err=True,
+        )
 
 
 def finished(plan: Plan, store: Store, maker: Maker) -> dict[str, Entry]:

@@ -219,6 +219,17 @@ def provenance(path: Path, stage: str) -> dict:
         raise _foreign(path, stage, "no provenance in its footer") from None
 
 
+def differences(made: dict, asked: dict, prefix: str = "") -> list[str]:
+    """Dotted names of what a shard was made with and is now asked otherwise."""
+    found = []
+    for name, value in asked.items():
+        if isinstance(value, dict) and isinstance(made.get(name), dict):
+            found += differences(made[name], value, f"{prefix}{name}.")
+        elif made.get(name) != value:
+            found.append(prefix + name)
+    return found
+
+
 def _foreign(path: Path, stage: str, sign: str) -> PipelineError:
     return PipelineError(
         f"{path} was not written by this pipeline ({sign}). Move it away and run `pipeline {stage}`."

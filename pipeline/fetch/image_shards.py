@@ -98,6 +98,12 @@ class ImageShards:
         statuses = shards.read_shard(self.store.path(entry), STAGE, ["status"])["status"]
         return not RETRYABLE.intersection(statuses.to_pylist())
 
+    def differences(self, entry: Entry) -> list[str]:
+        """What an entry of another plan was made with that this plan asks otherwise."""
+        asked = {"rules": _rules(self.config), "pixels": _pixels(self.config)}
+        asked["list"] = self.plan.recipe.inputs["lists"].get(entry.name)
+        return shards.differences(shards.provenance(self.store.path(entry), STAGE), asked)
+
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each shard as soon as it is finished and in the store, in no particular order."""
         earlier = _EarlierImages(self.store, self.config)

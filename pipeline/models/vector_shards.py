@@ -79,6 +79,10 @@ class VectorShards:
     def is_settled(self, entry: Entry) -> bool:
         return True  # there are no rounds of embedding
 
+    def differences(self, entry: Entry) -> list[str]:
+        asked = self.origins.get(entry.name, {})
+        return shards.differences(shards.provenance(self.store.path(entry), STAGE), asked)
+
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each file as soon as it is in the store. The teacher is loaded for the first one."""
         names = list(names)
