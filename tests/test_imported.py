@@ -283,7 +283,7 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
                 neighbourhood_mask=True, same_norm=True, pool="extra-head", temperature=1.0,
             ),
             "loss": dict(l1=1.0, cosine=0.0, relational=0.0, caption=0.0),
-            "relational_scale": 20.0, "views": 1, "color_jitter": 0.0,
+            "image_sizes": [16], "relational_scale": 20.0, "views": 1, "color_jitter": 0.0,
             "min_crop_area": 1.0, "mixup": 0.0,
             "fixed_stem_frequencies": 0,
             "steps": 2, "batch": 8,

@@ -73,7 +73,7 @@ def ade(tmp_path) -> Path:
 
 def masks_of(manifest: Path, root: Path, data: Path) -> dict[str, np.ndarray]:
     """url -> the stored mask, after the download stage."""
-    config = worlds.download_config(manifest, root, image_size=40, buckets=1)
+    config = worlds.download_config(manifest, root, image_size=40, rows_per_shard=1000)
     download(config, data, processes=1, threads=2)
     rows = shards.read_shard(data / "images/00000.parquet", "download").to_pylist()
     assert all(row["status"] == "ok" and row["error"] is None for row in rows)
@@ -131,7 +131,9 @@ def scored(folder: Path, manifest: Path, card: Path, tmp_path: Path, **how) -> t
     texts = [s for group in read_classes(Path(how["classes"]), "none") for s in group]
     prompts.write_text("\n".join(texts[:-1]))  # one is left to the teacher's own text tower
     data = tmp_path / "data"
-    download(worlds.download_config(manifest, folder, buckets=1), data, processes=1, threads=4)
+    download(
+        worlds.download_config(manifest, folder, rows_per_shard=1000), data, processes=1, threads=4
+    )
     teacher_embed(worlds.teacher_config(card, prompts, views=1), data, device="cpu", workers=1)
     select(worlds.select_config(val=0.3, test=0.3, near_duplicates=1.0), data)
     distill(seeing.distill_config(), data, device="cpu", workers=1)
