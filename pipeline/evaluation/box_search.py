@@ -33,7 +33,7 @@ def box_search_figures(data: Path, index: Path) -> dict[str, dict]:
     (ceiling). index: folder of the student's vectors. Memory is that of a block of images.
     """
     stored, _, _ = text_vectors(data, "image_id IS NULL", [])
-    connection = database.connect(data)
+    connection = database.connect(data, index)
     frequent = connection.execute(FREQUENT, [stored, DEPTH, MOST_TEXTS]).fetchall()
     if not frequent:
         return {}

@@ -76,10 +76,10 @@ class Collection:
     """
 
     def __init__(self, data: Path, index: Path | None = None):
-        self.data, self._connection = data, database.connect(data)
         if index is None:
             index = data / "evaluation" / "index"
             require_folders(data, ("teacher", "student", "evaluation"))
+        self.data, self._connection = data, database.connect(data, index)
         shards.shard_paths(index, "evaluate")
         pattern = str(index.resolve() / "*.parquet")
         parts = self._connection.sql(PAIRS, params=[pattern]).to_arrow_reader(10_000)
