@@ -22,7 +22,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.data import shards
-from pipeline.explore.search import Collection, Query, nearest
+from pipeline.explore.nearest import nearest
+from pipeline.explore.search import Collection, Query
 
 SHARDS = 10
 

@@ -314,14 +314,25 @@ def verify(
     workers: Workers = 2,
 ) -> None:
     """Hold what lies in data/ against every promise; status 1 and what to run where one is broken."""
+    from pipeline.core.config import load_section
+    from pipeline.fetch.forget import read_forgotten
+    from pipeline.verify.forgotten import elsewhere
     from pipeline.verify.verify import findings_text
     from pipeline.verify.verify import verify as run
 
     if format not in ("table", "json"):
         raise PipelineError(f"--format {format}: there are table, json.")
     named = _card(card, params) if recompute else None
-    found = run(data, recompute=recompute, card=named, device=device, workers=workers)
+    forgotten = None
+    if params.exists():
+        forgotten = read_forgotten(Path(load_section(params, "download").forget))
+    found = run(
+        data, recompute=recompute, card=named, device=device, workers=workers, forgotten=forgotten
+    )
     say(findings_text(found, format))
+    if forgotten and (forgotten.lines or forgotten.sha256):
+        for line in elsewhere(params.parent):
+            say(f"not searched: {line}", err=True)
     if found:
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ Cost:  the network, and one decode and encode per image; a killed run loses at m
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from pipeline.cluster.parts import Share
@@ -17,7 +18,9 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.outs import is_published, refuse_unexpected
 from pipeline.core.plans import carry_out, publish, scratch_folder, store_of
 from pipeline.core.provenance import lock
+from pipeline.core.terminal import say
 from pipeline.data import shards
+from pipeline.fetch.forget import read_forgotten
 from pipeline.fetch.image_shards import ImageShards, plan_images
 from pipeline.fetch.manifest import write_lists
 
@@ -36,14 +39,21 @@ def download(
     """
     store, out = store_of(data, STAGE), data / "images"
     with lock(data, STAGE) if share is None else nullcontext(), scratch_folder(data, STAGE) as own:
-        manifest, root = Path(config.manifest), Path(config.root)
-        plan = plan_images(
-            config, write_lists(manifest, root, config.rows_per_shard, own / "lists")
+        forgotten = read_forgotten(Path(config.forget))
+        lists = write_lists(
+            Path(config.manifest),
+            Path(config.root),
+            config.rows_per_shard,
+            own / "lists",
+            columns=config.columns,
+            forgotten=forgotten,
+            say=partial(say, err=True),
         )
+        plan = plan_images(config, lists, forgotten)
         if share is None and is_published(out, STAGE, plan.recipe):
             return _require_images(_statuses(out.glob("*.parquet")))
         refuse_unexpected(out, STAGE)
-        maker = ImageShards(config, plan, store, own / "lists", own, processes, threads)
+        maker = ImageShards(config, plan, store, own / "lists", own, processes, threads, forgotten)
         entries = carry_out(plan, maker, store, data, share and share.of)
         statuses = _statuses(map(store.path, entries.values()))
         if share is not None:

@@ -4,6 +4,7 @@ Run:   pipeline select
 Cost:  one DuckDB query over the shards, no pixels; near duplicates compare all pairs of embeddings.
 """
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,7 @@ from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import contents, libraries, lock, read_stamp, require_inputs
 from pipeline.core.records import Recipe
 from pipeline.core.work import Work
-from pipeline.data import database, shards
-from pipeline.data.duplicates import near_duplicate_groups
+from pipeline.data import database, duplicates, shards
 
 STAGE = "select"
 VERSION = 1  # raise it when the query changes its answer
@@ -33,7 +33,11 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
     with lock(data, STAGE):
         recipe = Recipe(
             parameters=config.model_dump(),
-            versions={"select": VERSION, "shards": shards.VERSION},
+            versions={
+                "select": VERSION,
+                "duplicates": duplicates.VERSION,
+                "shards": shards.VERSION,
+            },
             inputs=contents(require_inputs(data, STAGE)),
         )
         work = Work(data, STAGE, data / "selection", recipe)
@@ -68,7 +72,9 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
 def _selected(config: SelectConfig, data: Path) -> pa.Table:
     groups = []
     if config.near_duplicates < 1:
-        groups = near_duplicate_groups(data / "teacher", config.near_duplicates)
+        groups = duplicates.near_duplicate_groups(
+            data / "teacher", config.near_duplicates, lambda note: print(note, file=sys.stderr)
+        )
     near = pa.table(
         {
             "image_id": pa.array([key for group in groups for key in group], pa.string()),

@@ -439,4 +439,71 @@ def test_a_shard_of_an_earlier_version_is_read_and_nothing_is_fetched_again(tmp_
     shutil.rmtree(data / "images")
     monkeypatch.setattr("pipeline.fetch.image_shards.fetch_lists", None)
     assert download(config, data, processes=1, threads=1) == {"ok": 1}
-    assert shards.read_shard(path, "download").schema.names == shards.IMAGES.names
+    again = shards.read_shard(path, "download")
+    assert again.schema.names == shards.IMAGES.names
+    assert again["jpg"] == table["jpg"] and again["original_bytes"].to_pylist() == [None]
+
+
+# What was agreed, and what must be forgotten
+
+
+def local_world(folder: Path, count: int = 6, **changes):
+    """Pictures 0.jpg ... below folder, a manifest of them with captions, and what downloads it."""
+    table = []
+    for i in range(count):
+        data = worlds.picture(i, kind="JPEG")
+        (folder / f"{i}.jpg").write_bytes(data)
+        digest_ = hashlib.sha256(data).hexdigest()
+        table.append({"url": f"file:{i}.jpg", "caption": f"caption {i}", "sha256": digest_})
+    for i, change in changes.pop("rows", {}).items():
+        table[i] |= change
+    manifest = worlds.write_manifest(folder / "manifest.csv", table)
+    forget = folder / "forget.txt"
+    forget.touch()
+    values = {"rows_per_shard": 3, "forget": str(forget)} | changes
+    return worlds.download_config(manifest, folder, **values), forget
+
+
+def by_url(data: Path) -> dict[str, dict]:
+    tables = [shards.read_shard(p, "download") for p in sorted((data / "images").glob("*.parquet"))]
+    return {row["url"] or row["image_id"]: row for t in tables for row in t.to_pylist()}
+
+
+def test_other_bytes_than_agreed_are_refused_or_kept_and_counted(tmp_path):
+    other = {2: {"sha256": "ab" * 32}}
+    config, _ = local_world(tmp_path, rows=other)
+    data = tmp_path / "data"
+    assert download(config, data, processes=1, threads=1) == {"ok": 5, "changed": 1}
+    row = by_url(data)["file:2.jpg"]
+    assert row["jpg"] is None and row["sha256_expected"] == "ab" * 32
+    assert row["sha256_original"] and row["error"].startswith("changed: the manifest names")
+    config = config.model_copy(update={"changed": "keep"})
+    assert download(config, data, processes=1, threads=1) == {"ok": 6}
+    row = by_url(data)["file:2.jpg"]
+    assert row["jpg"] is not None and row["error"].startswith("changed: ")
+
+
+def test_a_forgotten_image_leaves_no_byte_url_or_caption_and_the_rest_is_not_fetched_again(
+    tmp_path, monkeypatch
+):
+    """By url, by image_id and by the SHA-256 of its bytes."""
+    config, forget = local_world(tmp_path)
+    data = tmp_path / "data"
+    download(config, data, processes=1, threads=1)
+    before = by_url(data)
+    gone = [before[f"file:{i}.jpg"] for i in (0, 1, 2)]
+    forget.write_text(
+        f"{gone[0]['url']}\n{gone[1]['image_id']}\n{gone[2]['sha256_original'].upper()}\n"
+    )
+    monkeypatch.setattr("pipeline.fetch.image_shards.fetch_lists", None)
+    assert download(config, data, processes=1, threads=1) == {"ok": 3, "forgotten": 3}
+    after = by_url(data)
+    for row in gone:
+        left = {name: value for name, value in after[row["image_id"]].items() if value}
+        assert left.keys() == {"row_id", "image_id", "status", "error"}
+    for i in (3, 4, 5):
+        assert after[f"file:{i}.jpg"] == before[f"file:{i}.jpg"]
+    held = [path.read_bytes() for path in data.rglob("*") if path.is_file()]
+    for row in gone:
+        for secret in (row["jpg"], row["caption"].encode(), row["url"].encode()):
+            assert not any(secret in content for content in held)

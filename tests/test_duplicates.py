@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import PipelineError
-from pipeline.data import shards
+from pipeline.data import duplicates, shards
 from pipeline.data.duplicates import near_duplicate_groups
 
 E = 8
@@ -92,3 +92,59 @@ def test_images_without_a_pair_and_empty_shards_are_no_groups(tmp_path):
 def test_no_teacher_names_the_command(tmp_path):
     with pytest.raises(PipelineError, match="pipeline teacher-embed"):
         near_duplicate_groups(tmp_path, 0.9)
+
+
+# Too many for all pairs
+
+
+def clustered(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Pairs of close vectors around `count` far ones: 2 * count vectors."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(count, size))
+    near = centres + 0.02 * rng.normal(size=(count, size))
+    return np.concatenate([centres, near]).astype(np.float32)
+
+
+def write_wide(folder: Path, vectors: np.ndarray, parts: int) -> list[str]:
+    (folder / "images").mkdir(parents=True)
+    names = [f"{i:06}" for i in range(len(vectors))]
+    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), parts)):
+        columns = {"image_id": [names[i] for i in rows], "view": [0] * len(rows)}
+        columns |= dict.fromkeys(("left", "top", "right", "bottom"), [0.0] * len(rows))
+        columns |= {"flip": [False] * len(rows), "sha256": columns["image_id"]}
+        table = pa.table(columns).append_column(
+            "embedding", shards.embedding_column(shards.to_float16(vectors[rows]))
+        )
+        path, schema = folder / f"images/{number:05}.parquet", shards.teacher_schema(E_WIDE)
+        shards.write_shard(path, schema, shards.in_groups(table), {})
+    return names
+
+
+E_WIDE = 32
+
+
+def test_above_the_limit_cells_find_the_pairs_and_say_their_recall(tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(duplicates, "EXACT", 100)
+    names = write_wide(tmp_path, clustered(600, E_WIDE), 3)
+    said = []
+    found = near_duplicate_groups(tmp_path, 0.95, said.append)
+    expected = {(names[i], names[i + 600]) for i in range(600)}
+    assert len({tuple(group) for group in found} & expected) >= 0.97 * 600
+    assert {tuple(group) for group in found} <= expected
+    (sentence,) = said
+    assert "approximately" in sentence
+    assert float(sentence.split("recall ")[1].rstrip(").")) > 0.97
+    assert near_duplicate_groups(tmp_path, 0.95, said.append) == found
+
+
+def test_copies_are_one_vector_and_many_pairs_one_forest(tmp_path, monkeypatch):
+    """500 equal vectors and 300 that are close to each other: 170,000 pairs, held 1,000 at a time."""
+    rng = np.random.default_rng(1)
+    same = np.tile(rng.normal(size=(1, E_WIDE)), (500, 1))
+    alike = rng.normal(size=(1, E_WIDE)) + 0.001 * rng.normal(size=(300, E_WIDE))
+    apart = rng.normal(size=(50, E_WIDE))
+    names = write_wide(tmp_path, np.concatenate([same, alike, apart]).astype(np.float32), 2)
+    monkeypatch.setattr(duplicates, "EDGES", 1_000)
+    found = near_duplicate_groups(tmp_path, 0.99)
+    assert found == [names[:500], names[500:800]]

@@ -71,12 +71,24 @@ text = st.text(
 table = st.lists(st.tuples(text, text), min_size=1, max_size=8)
 
 
+def listed(given_rows: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Every row with its captions: the first of a url has those of all its rows, each once."""
+    found, first = [], {}
+    for url, caption in given_rows:
+        mine = [caption] if caption.strip(" ") else []
+        if not url or url not in first:
+            first[url] = mine
+            found.append((url, mine))
+        else:
+            first[url].extend(text for text in mine if text not in first[url])
+            found.append((url, []))
+    return found
+
+
 def assert_every_row_is_there_once(manifest: Path, given_rows: list[tuple[str, str]]) -> None:
     paths = lists(manifest)
     found = rows_of(paths)
-    urls = [(row["url"], row["captions"]) for row in found]
-    expected = [(url, [caption] if caption.strip(" ") else []) for url, caption in given_rows]
-    assert sorted(urls) == sorted(expected)
+    assert sorted((row["url"], row["captions"]) for row in found) == sorted(listed(given_rows))
     assert len({row["row_id"] for row in found}) == len(found)
     assert all(row["image_id"] == image_id(row["url"]) for row in found)
     for number, path in enumerate(paths):
@@ -134,6 +146,7 @@ def test_a_repeated_url_repeats_its_image_id_and_counts_its_occurrences_in_order
     found = rows_of(lists(written(tmp_path, "url,caption\na,1\nb,2\na,3\na,4\n")))
     mine = [row for row in found if row["url"] == "a"]
     assert [(row["caption"], row["occurrence"]) for row in mine] == [("1", 0), ("3", 1), ("4", 2)]
+    assert [row["captions"] for row in mine] == [["1", "3", "4"], [], []]
     assert {row["image_id"] for row in mine} == {hashlib.sha256(b"a").hexdigest()[:32]}
 
 
@@ -318,13 +331,13 @@ def test_a_missing_manifest_says_how_to_get_one(tmp_path):
     assert "pipeline import folder" in refusal(tmp_path / "none.csv")
 
 
-@pytest.mark.parametrize("name", ["m.txt", "m.json", "m", "m.CSV.gz"])
+@pytest.mark.parametrize("name", ["m.txt", "m.json", "m", "m.csv.zip"])
 def test_a_manifest_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("url\na\n")
-    assert ".csv or .parquet" in refusal(tmp_path / name)
+    assert ".csv, .csv.gz, .tsv" in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("header", ["URL,caption", "link", "url;caption", "image_url"])
+@pytest.mark.parametrize("header", ["link,caption", "link", "url;caption", "address"])
 def test_a_manifest_without_url_names_the_columns_found(tmp_path, header):
     message = refusal(written(tmp_path, f"{header}\n{header}\n"))
     assert "no column `url`" in message and header.split(",")[0] in message
@@ -341,14 +354,14 @@ def test_a_manifest_without_rows_is_refused(tmp_path, text):
         b"url,caption\nhttp://a\nhttp://b,c,d\n",
         b"url,caption\nhttp://a,b\nhttp://b\n",
         b'url,caption\na,"never closed\nb,c\n',
-        "url,caption\na,é\n".encode("latin-1"),
         b"a title\nurl,caption\na,b\n",
         bytes(range(256)) * 20,
     ],
-    ids=["ragged", "short", "quote", "latin-1", "title", "binary"],
+    ids=["ragged", "short", "quote", "title", "binary"],
 )
 def test_a_csv_that_cannot_be_read_surely_is_refused_with_what_is_expected(tmp_path, data):
-    assert "CSV in UTF-8" in refusal(written(tmp_path, data))
+    message = refusal(written(tmp_path, data))
+    assert "UTF-8" in message or "no column `url`" in message
 
 
 def test_a_damaged_parquet_manifest_is_refused(tmp_path):

@@ -52,10 +52,12 @@ def test_every_column_of_embeddings_is_in_the_dictionary(size):
 
 
 def test_every_status_is_explained():
+    from pipeline.fetch.forget import JUDGED
     from pipeline.fetch.policy import STATUSES
 
     assert all(
-        f"`{status}`" in README for status in {*STATUSES, "ok", "duplicate_url", "empty_url"}
+        f"`{status}`" in README
+        for status in {*STATUSES, *JUDGED, "ok", "duplicate_url", "empty_url"}
     )
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import seeing
+import torch
 import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
+from pipeline.data.shards import to_float16
+from pipeline.explore.nearest import MARGIN, nearest, unit
 from pipeline.explore.query_vectors import Queries
 from pipeline.explore.search import (
     Collection,
@@ -20,7 +23,6 @@ from pipeline.explore.search import (
     Hits,
     Query,
     hits_text,
-    nearest,
     search,
     search_figure,
 )
@@ -90,6 +92,35 @@ def test_nearest_agrees_with_a_full_sort(k):
     expected = sorted(range(50), key=lambda i: (-(vectors[i] @ query), i))[:k]
     assert rows.tolist() == expected
     np.testing.assert_array_equal(scores, vectors[expected] @ query)
+
+
+def test_a_float16_product_and_a_float32_second_look_give_the_answer_of_float32():
+    """Among thousands that a float16 product cannot tell apart."""
+    rng = np.random.default_rng(0)
+    centre = rng.normal(size=512)
+    vectors = to_float16((centre + 0.3 * rng.normal(size=(20_000, 512))).astype(np.float32))
+    query = unit((centre + 0.3 * rng.normal(size=(1, 512))).astype(np.float32))[0]
+    exact = unit(vectors) @ query
+    rough = (torch.from_numpy(vectors) @ torch.from_numpy(query.astype(np.float16))).numpy()
+    assert np.abs(rough.astype(np.float32) - exact).max() < MARGIN
+    rows, scores = nearest(vectors, query, 25)
+    expected = np.argsort(-exact, kind="stable")[:25]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, exact[expected], atol=1e-6)
+
+
+def test_a_large_collection_answers_as_a_small_one(tmp_path, monkeypatch, collection):
+    """Mapped float16 files beside float32 in memory; an image without a teacher vector is left out."""
+    query = Query("q", np.eye(4, dtype=np.float32)[1], np.eye(4, dtype=np.float32)[2])
+    monkeypatch.setattr("pipeline.explore.nearest.SMALL", 0)
+    monkeypatch.setattr("pipeline.data.scratch.SMALL", 0)
+    large = Collection(collection.data, collection.data / "index")
+    assert large.student.dtype == np.float16 and isinstance(large.teacher, np.memmap)
+    assert "apple" in large and "zebra" not in large and "" not in large
+    small_hits, large_hits = collection.search(query, 4), large.search(query, 4)
+    for by in ("student", "teacher"):
+        few = [(hit.rank, hit.image_id) for hit in getattr(small_hits, by)]
+        assert [(hit.rank, hit.image_id) for hit in getattr(large_hits, by)] == few
 
 
 def test_spaces_around_a_stored_text_do_not_matter(collection):

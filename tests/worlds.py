@@ -23,6 +23,7 @@ from pipeline.core.config import DownloadConfig, SelectConfig, TeacherEmbedConfi
 EMBEDDING_SIZE, IMAGE_SIZE = 32, 32
 PROMPTS = Path(__file__).parents[1] / "manifests/prompts"
 TEMPLATES, CLASSES = PROMPTS / "templates.txt", PROMPTS / "demo-classes.txt"
+FORGET = Path(__file__).parents[1] / "manifests/forget.txt"
 
 
 def picture(seed: int, width: int = 48, height: int = 40, kind: str = "PNG", **options) -> bytes:
@@ -60,6 +61,9 @@ def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
         "per_host": 8,
         "allow": ["127.0.0.0/8"],
         "robots": True,
+        "columns": {},
+        "changed": "refuse",
+        "forget": str(FORGET),
     }
     return DownloadConfig(**values | changes)
 

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
+Column = Literal["url", "caption", "label", "license", "boxes", "mask", "sha256"]
 Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
 
 
@@ -74,7 +75,10 @@ class StudentConfig(Record):
 class DownloadConfig(Record):
     """manifest -> data/images."""
 
-    manifest: str  # CSV or Parquet: url, optional caption, label, boxes
+    manifest: str  # CSV, TSV, JSON lines or Parquet: a file, a folder of them, a pattern
+    columns: dict[Column, str | int | None]  # our name -> the manifest's; 2: the second; null: none
+    changed: Literal["keep", "refuse"]  # bytes that have not the SHA-256 of the manifest
+    forget: str  # text file, a URL, image_id or SHA-256 a line: what must not be held any more
     root: str  # `file:` paths of the manifest must lie below this folder
     rows_per_shard: Positive  # target; an image's shard depends on its id and the shards' number
     round: Count  # a retry begins the next one: what may succeed now is asked again, once

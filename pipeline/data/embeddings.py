@@ -8,11 +8,9 @@ import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
+from pipeline.data.shards import open_shard, shard_paths, stored_embeddings
 
-VECTORS = """
-SELECT image_id, embedding FROM teacher JOIN selection USING (image_id)
-WHERE view = 0 AND keep AND split = ? ORDER BY image_id
-"""
+KEPT = "SELECT image_id FROM selection WHERE keep AND split = ?"
 LABELS = """
 SELECT image_id, label FROM images JOIN (SELECT unnest(?::VARCHAR[]) AS image_id) USING (image_id)
 WHERE status = 'ok' AND trim(label) <> ''
@@ -24,16 +22,16 @@ def split_vectors(data: Path, split: str) -> tuple[list[str], np.ndarray]:
 
     Raises PipelineError where the split keeps no image.
     """
-    ids, matrices = [], []
-    for batch in _batches(data, VECTORS, [split]):
-        ids += batch["image_id"].to_pylist()
-        matrices.append(unit_rows(batch["embedding"]))
-    if not ids:
+    parts = list(_kept_vectors(data, split))
+    if not parts:
         raise PipelineError(
             f"data/selection keeps no image for {split}. Change select.{split} in params.yaml, or "
             "evaluate.split, and run `dvc repro`."
         )
-    return ids, np.concatenate(matrices)
+    ids = np.concatenate([part for part, _ in parts])
+    order = np.argsort(ids)
+    vectors = np.concatenate([vectors for _, vectors in parts])
+    return [key.decode() for key in ids[order].tolist()], vectors[order]
 
 
 def training_vectors(data: Path) -> Iterator[np.ndarray]:
@@ -41,12 +39,46 @@ def training_vectors(data: Path) -> Iterator[np.ndarray]:
 
     Raises PipelineError where there is none.
     """
-    count = 0
-    for batch in _batches(data, VECTORS, ["train"]):
-        count += len(batch)
-        yield unit_rows(batch["embedding"])
-    if not count:
+    empty = True
+    for _, vectors in _kept_vectors(data, "train"):
+        empty = False
+        yield vectors
+    if empty:
         raise PipelineError("data/selection keeps no image for train. Run `pipeline select`.")
+
+
+def _kept_vectors(data: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """image_ids (b,) as bytes and unit vectors (b, E) float32 that a split keeps.
+
+    A row group at a time, in the shards' order: nothing is sorted, and no vector is held twice.
+    """
+    found = database.connect(data).sql(KEPT, params=[split]).to_arrow_table()
+    kept = np.sort(as_bytes(found["image_id"]))
+    for path in shard_paths(data / "teacher/images", "teacher-embed") if len(kept) else ():
+        for ids, vectors in first_views(path):
+            at = np.searchsorted(kept, ids).clip(max=len(kept) - 1)
+            if (mine := kept[at] == ids).any():
+                wide = vectors[mine].astype(np.float32)
+                yield ids[mine], wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
+
+
+def first_views(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """image_ids (b,) as bytes and (b, E) float16 vectors of view 0, which comes first in a shard.
+
+    A row group at a time. Raises PipelineError for a damaged shard.
+    """
+    with open_shard(path, "teacher-embed") as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["image_id", "view", "embedding"])
+            if table.num_rows and table["view"][0].as_py() > 0:
+                return
+            if table.num_rows:
+                yield as_bytes(table["image_id"]), stored_embeddings(table["embedding"])
+
+
+def as_bytes(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A column of ids -> (n,) fixed-width bytes: a tenth of the memory of Python strings."""
+    return np.array(column.to_pylist(), dtype=bytes)
 
 
 def training_mean(data: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Nearest images of the collection to a vector, by student and by teacher, side by side.
 
 Reads the stored vectors only: data/evaluation/index (the student's) and data/teacher (view 0).
-Cost: 8 bytes per image and embedding value in memory, and two matrix-vector products a search.
+Cost: the vectors are read once; then two matrix-vector products a search.
 n images, E embedding size.
 """
 
@@ -16,10 +16,10 @@ import numpy as np
 from pipeline.core import terminal
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_folders, write_file
-from pipeline.data import database, shards
-from pipeline.data.embeddings import unit_rows
+from pipeline.data import database
 from pipeline.data.pixels import decode
 from pipeline.explore import plots
+from pipeline.explore.nearest import load_sides, nearest
 
 FORMATS = ("table", "json", "csv")
 DRAWN = 12  # hits a side whose pictures are read and drawn, at most
@@ -68,7 +68,7 @@ class Hits:
 
 
 class Collection:
-    """The indexed images in memory: ids, student (n, E) and teacher (n, E) unit float32 vectors.
+    """The indexed images with their student (n, E) and teacher (n, E) vectors: see `nearest`.
 
     index: folder of the student's index, data/evaluation/index by default, which must then belong
     to the student and the teacher's vectors that lie in data. Raises PipelineError where it does
@@ -79,25 +79,15 @@ class Collection:
         if index is None:
             index = data / "evaluation" / "index"
             require_folders(data, ("teacher", "student", "evaluation"))
-        self.data, self._connection = data, database.connect(data, index)
-        shards.shard_paths(index, "evaluate")
-        pattern = str(index.resolve() / "*.parquet")
-        parts = self._connection.sql(PAIRS, params=[pattern]).to_arrow_reader(10_000)
-        ids, found = [], {"student": [], "teacher": []}
-        for batch in parts:
-            ids += batch["image_id"].to_pylist()
-            for by, vectors in found.items():
-                vectors.append(unit_rows(batch[by]))
-        if not ids:
-            raise PipelineError(
-                "the index holds no image that has a teacher vector. Run `pipeline evaluate`."
-            )
-        order = np.argsort(np.array(ids))
-        self.ids = [ids[i] for i in order]
-        self.student, self.teacher = (np.concatenate(v)[order] for v in found.values())
+        self.data, self._connection = data, database.connect(data)
+        self._ids, self.student, self.teacher = load_sides(data, index)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._ids)
+
+    def __contains__(self, image_id: str) -> bool:
+        at = np.searchsorted(self._ids, key := image_id.encode())
+        return at < len(self) and self._ids[at] == key
 
     def search(self, query: Query, k: int) -> Hits:
         """The best k images for a query; all of them, and a note, where there are fewer."""
@@ -112,16 +102,15 @@ class Collection:
             "student": nearest(self.student, query.student, k),
             "teacher": nearest(self.teacher, query.teacher, k),
         }
-        wanted = [
-            {self.ids[row] for rows, _ in best.values() for row in rows[:n]} for n in (k, DRAWN)
-        ]
+        named = {by: [self._ids[row].decode() for row in rows] for by, (rows, _) in best.items()}
+        wanted = [{key for keys in named.values() for key in keys[:n]} for n in (k, DRAWN)]
         facts = self.facts(*map(sorted, wanted))
         hits = {
             by: [
-                Hit(rank, float(score), self.ids[row], *facts[self.ids[row]])
-                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
+                Hit(rank, float(score), key, *facts[key])
+                for rank, (key, score) in enumerate(zip(named[by], scores, strict=True), 1)
             ]
-            for by, (rows, scores) in best.items()
+            for by, (_, scores) in best.items()
         }
         notes = list(query.notes)
         if k > len(self):
@@ -140,19 +129,6 @@ class Collection:
 def search(data: Path, query: Query, k: int) -> Hits:
     """One search of data/; many are faster with one `Collection`."""
     return Collection(data).search(query, k)
-
-
-def nearest(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers and scores of the k largest inner products, best first; ties by row number.
-
-    vectors (n, E), query (E,) -> two (min(k, n),) arrays.
-    """
-    scores = vectors @ query  # (n,)
-    k = min(k, len(scores))
-    least = np.partition(scores, -k)[-k]
-    rows = np.flatnonzero(scores >= least)
-    rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
-    return rows, scores[rows]
 
 
 def hits_text(hits: Hits, form: str) -> str:
@@ -192,11 +168,6 @@ def search_figure(hits: Hits, out: Path) -> None:
         write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))
 
 
-# Every indexed image with both of its vectors.
-PAIRS = """
-SELECT image_id, index.embedding AS student, teacher.embedding AS teacher
-FROM read_parquet(?) AS index JOIN teacher USING (image_id) WHERE view = 0
-"""
 # A join with the ids would decode twice as much as a list that the reader can test row by row.
 FACTS = """
 SELECT image_id, caption, url, CASE WHEN list_contains(?::VARCHAR[], image_id) THEN jpg END

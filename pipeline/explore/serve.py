@@ -173,7 +173,6 @@ class _Rooms:
     def __init__(self, data: Path, card: Path | None):
         self.queries, self.lock = Queries(data, card), threading.Lock()
         self.collection = Collection(data)
-        self.known = set(self.collection.ids)
         self.queries.student  # noqa: B018  # a missing student is an error now, not at a click
         self._view = lru_cache(maxsize=64)(self._view)
         self._query = lru_cache(maxsize=256)(self._query)
@@ -185,7 +184,7 @@ class _Rooms:
         return self.collection.search(self._query(text), HITS)
 
     def jpg(self, image_id: str) -> bytes:
-        if image_id not in self.known:
+        if image_id not in self.collection:
             raise PipelineError(f"no image {image_id} in the index.")
         return self.collection.facts([image_id], [image_id])[image_id][2]
 

@@ -20,6 +20,7 @@ from pipeline.core.store import Store
 from pipeline.data import shards
 from pipeline.data.earlier import EarlierRows
 from pipeline.fetch import decoding, manifest, masks, policy
+from pipeline.fetch.forget import FORGOTTEN, Forgotten, judged
 from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
 
 STAGE = "download"
@@ -33,28 +34,30 @@ LISTED = (
     "sha256_expected",
 )  # what a row takes from its manifest as it is
 NO_IMAGE = dict.fromkeys(IMAGE_FACTS)
-NOT_OF_A_FETCH = {"manifest", "root", "rows_per_shard", "round", "image_size", "quality"}
+OF_LISTS = {"manifest", "root", "rows_per_shard", "columns", "forget"}  # decide the lists alone
+NOT_OF_A_FETCH = {*OF_LISTS, "changed", "round", "image_size", "quality"}
 
 
-def plan_images(config: DownloadConfig, lists: list[Path]) -> Plan:
+def plan_images(config: DownloadConfig, lists: list[Path], forgotten: Forgotten) -> Plan:
     """The shards that a manifest's lists (NNNNN.parquet) ask for, and the origin of each.
 
     A shard that keeps its list keeps its origin, however many others there are.
     """
     contents = {path.name: manifest.list_digest(path) for path in lists}
     versions = {"shards": shards.VERSION, "masks": masks.VERSION}
-    decides = {"rules": _rules(config), "pixels": _pixels(config), "versions": versions}
+    judges = {"changed": config.changed, "forgotten": digest(sorted(forgotten.sha256))}
+    decides = {"rules": _rules(config), "pixels": _pixels(config), "versions": versions} | judges
     return Plan(
         stage=STAGE,
         recipe=Recipe(
-            parameters=config.model_dump(exclude={"manifest", "root", "rows_per_shard"}),
+            parameters=config.model_dump(exclude=OF_LISTS),
             versions=versions
             | {
                 "manifest": manifest.VERSION,
                 "policy": policy.VERSION,
                 "pixels": decoding.VERSION,
             },
-            inputs={"lists": contents},
+            inputs={"lists": contents, "forgotten": judges["forgotten"]},
         ),
         parts=tuple(
             Part(name=name, origin=digest(decides | {"list": content}))
@@ -87,8 +90,9 @@ class ImageShards:
 
     def __init__(
         self, config: DownloadConfig, plan: Plan, store: Store, lists: Path, scratch: Path,
-        processes: int, threads: int,
+        processes: int, threads: int, forgotten: Forgotten,
     ):  # fmt: skip
+        self.forgotten = forgotten
         self.config, self.plan, self.store, self.lists = config, plan, store, lists
         self.scratch, self.processes, self.threads = scratch, processes, threads
         self.origins = {part.name: part.origin for part in plan.parts}
@@ -168,8 +172,7 @@ class ImageShards:
 
     def _commit(self, name: str, rows: list[dict], facts: dict[str, dict]) -> Entry:
         """Write one canonical shard: the list's rows, each with its image or its status."""
-        root = Path(self.config.root)
-        complete = [_row(row, facts, root) for row in rows]
+        complete = [_row(row, facts, self.config, self.forgotten) for row in rows]
         table = pa.Table.from_pylist(complete, schema=shards.IMAGES)
         made = {
             "stage": STAGE,
@@ -191,7 +194,7 @@ class _EarlierImages:
     """What shards of earlier runs say of images, where they were stored by the same rules."""
 
     def __init__(self, store: Store, config: DownloadConfig):
-        self.rules, self.round = _rules(config), config.round
+        self.rules, self.round, self.changed = _rules(config), config.round, config.changed
         files = {}
         newest_first = sorted(store.entries(), key=lambda e: (-e.round, -store.time(e)))
         for entry in filter(store.sound, newest_first):
@@ -220,6 +223,9 @@ class _EarlierImages:
         if facts["status"] == "ok":
             local = row["url"][:5].lower() == "file:"
             return not local or row["content"] == facts["sha256_original"]
+        if facts["status"] == "changed":  # its bytes were not kept
+            agreed = row["sha256_expected"] in (None, facts["sha256_original"])
+            return self.changed == "refuse" and not agreed
         final = facts["status"] not in RETRYABLE or made["round"] >= self.round
         return final and made["rules"] == self.rules and row["content"] is None
 
@@ -235,7 +241,7 @@ class _EarlierImages:
 
 def _has_image(row: dict) -> bool:
     """False for rows that are settled without a fetch."""
-    return bool(row["url"].strip()) and row["occurrence"] == 0
+    return not row["forgotten"] and bool(row["url"].strip()) and row["occurrence"] == 0
 
 
 def _write_wanted(folder: Path, waiting: dict[str, list[dict]]) -> str:
@@ -244,6 +250,7 @@ def _write_wanted(folder: Path, waiting: dict[str, list[dict]]) -> str:
     Returns its name, that of its first shard.
     """
     missing = [row for rows in waiting.values() for row in rows]
+    missing.sort(key=lambda row: row["url"])  # images inside one file are read in its order
     columns = {name: [row[name] for row in missing] for name in ("image_id", "url")}
     name = next(iter(waiting))
     pq.write_table(pa.table(columns), folder / name)
@@ -265,18 +272,23 @@ def _facts(row: dict) -> dict:
     }
 
 
-def _row(row: dict, known: dict[str, dict], root: Path) -> dict:
-    if not row["url"].strip():
+def _row(row: dict, known: dict[str, dict], config: DownloadConfig, forgotten: Forgotten) -> dict:
+    if row["forgotten"]:
+        facts = NO_IMAGE | {"status": "forgotten", "error": FORGOTTEN}
+    elif not row["url"].strip():
         facts = NO_IMAGE | {"status": "empty_url", "error": "the manifest row has no url"}
     elif row["occurrence"]:
         facts = NO_IMAGE | {"status": "duplicate_url", "error": "an earlier row has this url"}
     else:
-        facts = known[row["image_id"]]
+        expected = row["sha256_expected"]
+        facts = judged(known[row["image_id"]], expected, forgotten, config.changed)
+    if facts["status"] == "forgotten":
+        return {"row_id": row["row_id"], "image_id": row["image_id"], "captions": []} | facts
     made = {name: row[name] for name in LISTED} | facts
     made["boxes"] = _scaled(row["boxes"], facts)
     if row["mask"] and facts["status"] == "ok":
         try:
-            made["mask"] = masks.stored_mask(row["mask"], root, facts)
+            made["mask"] = masks.stored_mask(row["mask"], Path(config.root), facts)
         except masks.MaskError as error:  # the image is good all the same
             made["error"] = f"mask: {error}"
     return made

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from pipeline.fetch.containers import read_inside, split_inside
+
 VERSION = 1  # raise it when a rule changes what is fetched
 RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost"})
 STATUSES = RETRYABLE | {"refused", "robots", "not_found", "too_large", "not_an_image"}
@@ -158,7 +160,9 @@ def local_path(url: str, root: Path | None) -> Path:
 
 
 def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
-    """The bytes of a regular file below root. Raises FetchError."""
+    """The bytes of a regular file below root, or of an image inside one. Raises FetchError."""
+    if inside := split_inside(url[len("file:") :]):
+        return _read_inside(url, *inside, root, max_bytes)
     path = local_path(url, root)
     try:  # NONBLOCK: opening a FIFO would wait for its writer
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -173,6 +177,25 @@ def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
         raise FetchError("not_found", f"{error.strerror}: {url!r}") from None
     except OSError as error:
         raise FetchError("unreachable", f"{error.strerror}: {url!r}") from None
+    if len(data) > max_bytes:
+        raise FetchError("too_large", f"more than {max_bytes} bytes")
+    return data
+
+
+def _read_inside(
+    url: str, file: str, name: str, at: int, size: int | None, root: Path | None, max_bytes: int
+) -> bytes:
+    path = local_path(f"file:{file}", root)
+    if not path.is_file():
+        raise FetchError("not_found", f"no such file: {url!r}")
+    if size is not None and size > max_bytes:
+        raise FetchError("too_large", f"more than {max_bytes} bytes")
+    try:
+        data = read_inside(path, unquote(name), at, size)
+    except (OSError, ValueError, KeyError) as error:  # Arrow's errors are among them
+        raise FetchError("unreachable", f"{url!r}: {error}") from None
+    if data is None:
+        raise FetchError("not_found", f"no image lies at {url!r}")
     if len(data) > max_bytes:
         raise FetchError("too_large", f"more than {max_bytes} bytes")
     return data

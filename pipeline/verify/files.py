@@ -22,13 +22,13 @@ from pipeline.core.records import Stamp
 from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.fetch.manifest import image_id
+from pipeline.fetch.forget import JUDGED, image_id
 from pipeline.fetch.masks import png_size
 from pipeline.fetch.policy import STATUSES
 
 IMPORTED = "import_embeddings"  # the other stage that may have made data/teacher
 FAR_FROM_UNIT = 1e-3  # of the length of a stored embedding
-KNOWN_STATUSES = {"ok", "duplicate_url", "empty_url"} | STATUSES
+KNOWN_STATUSES = {"ok", "duplicate_url", "empty_url"} | STATUSES | JUDGED
 BROKEN = (pa.ArrowException, OSError, ValueError, PipelineError)  # what a damaged shard raises
 
 
@@ -240,6 +240,10 @@ def _image_fault(row: dict) -> tuple[str, str | None]:
 def _wrong_with(row: dict) -> str | None:
     if row["status"] not in KNOWN_STATUSES:
         return f"status {row['status']!r}"
+    if row["status"] == "forgotten":
+        kept = {name for name, value in row.items() if value not in (None, [])}
+        more = kept - {"row_id", "image_id", "status", "error"}
+        return f"a forgotten row holds {', '.join(sorted(more))}" if more else None
     if row["image_id"] != image_id(row["url"]):
         return "the image_id is not the url's hash"
     if row["status"] != "ok":

@@ -17,9 +17,11 @@ from pipeline.core.provenance import summary_of
 from pipeline.core.records import Stamp
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
+from pipeline.fetch.forget import Forgotten
 from pipeline.models.student import Student, read_card
 from pipeline.verify import files
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
+from pipeline.verify.forgotten import forgotten_findings
 from pipeline.verify.tables import connection_over, set_findings
 
 FAITHFUL = 0.999  # least cosine of a stored vector to the one that is computed again
@@ -33,11 +35,13 @@ def verify(
     card: Path | None = None,
     device: str = "cpu",
     workers: int = 2,
+    forgotten: Forgotten | None = None,
 ) -> list[Finding]:
     """Everything in data/ that is not as promised; nothing where all is well.
 
     recompute: share of images and texts, in (0, 1], that the teacher of `card` embeds again (at
-    least one of each); the same share means the same rows. workers: threads that decode.
+    least one of each); the same share means the same rows. workers: threads that decode. forgotten:
+    what must not be held anywhere below data/.
     Rooms whose stage has not run are passed over; of a damaged room only the damage is reported.
 
     Raises PipelineError: nothing there at all, and recomputing without the teacher that was used.
@@ -53,6 +57,7 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         findings += files.file_findings(data, stamps, bar.update)
         findings += files.chain_findings(data, stamps) + files.leftover_findings(data)
+        findings += forgotten_findings(data, forgotten or Forgotten())
         findings += files.summary_findings(data, _sound(stamps, findings))
         sound = _sound(stamps, findings)
         if "images" in sound:

@@ -1,0 +1,73 @@
+"""The list of images that must not be held any more, as people write it.
+
+A line is a URL as the manifest has it, an image_id, or the SHA-256 of an image's bytes (the fetched
+ones, or the stored JPEG's); `#` begins a comment line.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.core.errors import PipelineError
+
+JUDGED = frozenset({"changed", "forgotten"})  # statuses of images whose bytes could be had
+FORGOTTEN = "the list of images to forget names it"
+IMAGE_ID, SHA256 = r"[0-9a-f]{32}", r"[0-9a-f]{64}"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """lines: image_id -> the line that names it; sha256: of bytes that nobody may keep."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+    sha256: frozenset[str] = frozenset()
+
+    def covers(self, *digests: str | None) -> bool:
+        """Whether one of these SHA-256 is of forgotten bytes."""
+        return not self.sha256.isdisjoint(digests)
+
+
+def judged(facts: dict, expected: str | None, forgotten: Forgotten, changed: str) -> dict:
+    """An image's facts, after what was agreed about its bytes and what must be forgotten.
+
+    expected: the SHA-256 that the manifest names; changed: `keep` or `refuse` other bytes. What is
+    refused or forgotten has no bytes any more; of changed ones the SHA-256 stays, as evidence.
+    """
+    if forgotten.covers(facts["sha256_original"], facts["sha256"]):
+        return dict.fromkeys(facts) | {"status": "forgotten", "error": FORGOTTEN}
+    if facts["status"] != "ok" or expected in (None, facts["sha256_original"]):
+        return facts
+    error = f"changed: the manifest names SHA-256 {expected}"
+    if changed == "keep":
+        return facts | {"error": error}
+    evidence = {name: facts[name] for name in ("attempts", "original_bytes", "sha256_original")}
+    return dict.fromkeys(facts) | evidence | {"status": "changed", "error": error}
+
+
+def image_id(url: str) -> str:
+    """32 hex digits that name an image: the hash of its url exactly as written."""
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def read_forgotten(file: Path) -> Forgotten:
+    """Raises PipelineError for a file that is missing or no UTF-8 text."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PipelineError(
+            f"{file} cannot be read ({error}). It lists what must be forgotten, a URL, image_id or "
+            "SHA-256 a line, and may be empty; params.yaml names it (download.forget)."
+        ) from None
+    lines, digests = {}, set()
+    for line in text.splitlines():
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        if re.fullmatch(SHA256, entry.lower()):
+            digests.add(entry.lower())
+        elif re.fullmatch(IMAGE_ID, entry.lower()):
+            lines[entry.lower()] = entry
+        else:
+            lines[image_id(entry)] = entry
+    return Forgotten(lines, frozenset(digests))

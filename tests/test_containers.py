@@ -1,0 +1,170 @@
+"""Images inside other files are listed, read without a request, and end as rows like any other."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import worlds
+
+from pipeline.core.errors import PipelineError
+from pipeline.data import shards
+from pipeline.fetch.manifest import write_lists
+from pipeline.fetch.policy import FetchError, read_local
+from stages.download import download
+
+LIMIT = 1 << 20
+PHOTOS = [worlds.picture(i, kind="JPEG") for i in range(5)]
+
+
+def rows(manifest: Path, root: Path) -> list[dict]:
+    paths = write_lists(manifest, root, 2, root / "lists", say=lambda note: None)
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def webdataset(folder: Path) -> Path:
+    """Two tars; captions as text or in the record, a class, a member that belongs to nobody."""
+    write_tar(folder / "00000.tar", {
+        "a/000.jpg": PHOTOS[0], "a/000.txt": b"a cat", "a/000.json": b'{"caption": "not this"}',
+        "a/001.png": PHOTOS[1], "a/001.json": b'{"caption": "a dog", "license": "CC0", "x": [1]}',
+        "readme": b"nothing",
+    })  # fmt: skip
+    write_tar(folder / "00001.tar", {"b c.txt": "caf\xe9".encode("latin-1"), "b c.jpg": PHOTOS[2],
+                                     "b c.cls": b"3"})  # fmt: skip
+    return folder
+
+
+def hugging_face(folder: Path) -> Path:
+    """Parquet with {bytes, path} and the names of its classes; a row without bytes."""
+    images = [{"bytes": photo, "path": None} for photo in PHOTOS[:2]]
+    images += [{"bytes": None, "path": "x.jpg"}]
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    table = pa.table({"image": images, "text": ["one", "two", "three"], "label": [1, 0, -1]})
+    table = table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / "train-00000-of-00001.parquet", row_group_size=2)
+    return folder
+
+
+def img2dataset_output(folder: Path) -> Path:
+    """Its folders of files: records in Parquet, images beside them, one of which failed."""
+    (folder / "00000").mkdir(parents=True)
+    keys = ["000000000", "000000001", "000000002"]
+    for key, photo in zip(keys[:2], PHOTOS, strict=False):
+        (folder / f"00000/{key}.jpg").write_bytes(photo)
+    table = {
+        "url": ["http://a", "http://b", "http://c"], "caption": ["x", "y", "z"], "key": keys,
+        "status": ["success", "success", "failed_to_download"], "sha256": ["ab" * 32] * 3,
+    }  # fmt: skip
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    return folder
+
+
+# Listing
+
+
+def test_a_tar_is_a_list_of_its_images_with_captions_labels_and_licences(tmp_path):
+    webdataset(tmp_path / "shards")
+    found = {row["url"].split("@")[0]: row for row in rows(tmp_path / "shards", tmp_path)}
+    assert {url: (row["captions"], row["label"], row["license"]) for url, row in found.items()} == {
+        "file:shards/00000.tar!/a/000.jpg": (["a cat"], None, None),
+        "file:shards/00000.tar!/a/001.png": (["a dog"], None, "CC0"),
+        "file:shards/00001.tar!/b%20c.jpg": ([], "3", None),
+    }
+    urls = [row["url"] for row in found.values()]
+    contents = {read_local(url, tmp_path, LIMIT) for url in urls}
+    assert contents == set(PHOTOS[:3])
+    assert all(row["content"] for row in found.values())
+    assert rows(tmp_path / "shards/*.tar", tmp_path) == rows(tmp_path / "shards", tmp_path)
+
+
+def test_parquet_of_hugging_face_is_a_list_with_the_names_of_its_classes(tmp_path):
+    hugging_face(tmp_path / "hf")
+    found = {row["url"][-1]: row for row in rows(tmp_path / "hf", tmp_path)}
+    assert [found[n]["captions"] for n in "012"] == [["one"], ["two"], ["three"]]
+    assert [found[n]["label"] for n in "012"] == ["dog", "cat", None]
+    assert [read_local(found[n]["url"], tmp_path, LIMIT) for n in "01"] == PHOTOS[:2]
+    with pytest.raises(FetchError, match="not_found"):
+        read_local(found["2"]["url"], tmp_path, LIMIT)
+
+
+def test_parquet_of_img2dataset_is_a_list_of_its_images(tmp_path):
+    table = {"key": ["0", "1"], "jpg": PHOTOS[:2], "caption": ["x", None], "url": ["http://a"] * 2}
+    pq.write_table(pa.table(table), tmp_path / "00000.parquet")
+    found = sorted(rows(tmp_path / "00000.parquet", tmp_path), key=lambda row: row["url"])
+    assert [read_local(row["url"], tmp_path, LIMIT) for row in found] == PHOTOS[:2]
+    assert [row["captions"] for row in found] == [["x"], []]
+
+
+@pytest.mark.parametrize("make", [webdataset, hugging_face, img2dataset_output])
+def test_images_that_somebody_has_become_shards_without_a_request(make, tmp_path):
+    """Every row accounted for: what has no bytes is a row that says so."""
+    make(tmp_path / "theirs")
+    config = worlds.download_config(tmp_path / "theirs", tmp_path, allow=[])
+    counts = download(config, tmp_path / "data", processes=1, threads=2)
+    good = 3 if make is webdataset else 2
+    assert counts == {"ok": 3} if good == 3 else counts == {"ok": 2, "not_found": 1}
+    table = shards.read_shard(tmp_path / "data/images/00000.parquet", "download")
+    stored = {row["sha256_original"] for row in table.to_pylist() if row["status"] == "ok"}
+    assert stored == {hashlib.sha256(photo).hexdigest() for photo in PHOTOS[:good]}
+
+
+# Refusals
+
+
+def test_a_tar_without_images_is_named(tmp_path):
+    write_tar(tmp_path / "shards/1.tar", {"a.txt": b"x"})
+    with pytest.raises(PipelineError, match=r"1\.tar holds no images"):
+        rows(tmp_path / "shards", tmp_path)
+
+
+def test_a_damaged_or_compressed_tar_is_named(tmp_path):
+    (tmp_path / "1.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(PipelineError, match=r"1\.tar cannot be read as a tar"):
+        rows(tmp_path / "1.tar", tmp_path)
+
+
+def test_containers_outside_the_root_are_refused(tmp_path):
+    webdataset(tmp_path / "shards")
+    (tmp_path / "root").mkdir()
+    with pytest.raises(PipelineError, match=r"does not lie below .*download\.root"):
+        rows(tmp_path / "shards", tmp_path / "root")
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("file:../secret.tar!/a.jpg@0+10", "refused"),
+        ("file:/etc/x.tar!/a.jpg@0+10", "refused"),
+        ("file:1.tar!/a.jpg@0+99999999999", "too_large"),
+        ("file:1.tar!/a.jpg@99999999999+10", "not_found"),
+        ("file:none.tar!/a.jpg@0+10", "not_found"),
+        ("file:1.parquet!/image@0", "unreachable"),
+    ],
+)
+def test_a_url_that_leads_inside_a_file_is_confined_and_bounded(url, status, tmp_path):
+    (tmp_path / "secret.tar").write_bytes(b"secret" * 100)
+    root = tmp_path / "root"
+    write_tar(root / "1.tar", {"a.jpg": PHOTOS[0]})
+    (root / "1.parquet").write_bytes(np.arange(100, dtype=np.uint8).tobytes())
+    with pytest.raises(FetchError) as caught:
+        read_local(url, root, LIMIT)
+    assert caught.value.status == status
