@@ -14,7 +14,7 @@ import yaml
 from pipeline.core.errors import PipelineError
 from pipeline.models.card import check_weights, read_card, weights_file
 from pipeline.models.card_writer import write_card
-from pipeline.models.golden import golden_of
+from pipeline.models.golden import SAME, golden_of
 from pipeline.models.teacher import Teacher
 from pipeline.models.teacher_config import read_teacher_config
 
@@ -223,6 +223,31 @@ def test_a_small_difference_is_told_with_its_number(
     else:
         Teacher(card, CPU)
         assert said in caplog.text and (not said) == (not caplog.records)
+
+
+@pytest.mark.slow
+def test_another_activation_moves_a_full_size_teacher_too_little_for_golden_vectors():
+    """ViT-B/32 with random weights, GELU in place of QuickGELU: cosines of about 0.9999, between
+    SAME and 1. So the activation is recognised by what was built, never by what it answers."""
+    from pipeline.models.open_clip import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32-quickgelu")).eval()
+    tokens = open_clip.get_tokenizer("ViT-B-32-quickgelu")(["a zebra", "a teapot"])
+    pixels = torch.randn(2, 3, 224, 224)
+
+    @torch.inference_mode()
+    def answers():
+        vectors = torch.cat([model.encode_text(tokens), model.encode_image(pixels)])
+        return torch.nn.functional.normalize(vectors, dim=-1)
+
+    before = answers()
+    for block in [*model.transformer.resblocks, *model.visual.transformer.resblocks]:
+        assert isinstance(block.mlp.gelu, open_clip.transformer.QuickGELU)
+        block.mlp.gelu = torch.nn.GELU()
+    moved = 1 - (before * answers()).sum(dim=1)
+    assert ((moved > 1e-5) & (moved < 1e-3)).all(), moved
+    assert float(moved.max()) < 1 - SAME
 
 
 def test_a_teacher_known_by_its_texts_alone_is_said_to_be(tmp_path, caplog, tag):

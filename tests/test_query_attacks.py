@@ -167,10 +167,10 @@ def everything(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def attack(world: dict[str, Path], sql: str) -> str:
+def attack(world: dict[str, Path], sql: str, connection=None) -> str:
     """What is said to it; nothing on disk differs afterwards, and the tables are as they were."""
-    root = world["d"].parent
-    before, connection = everything(root), confined(world["d"])
+    root, connection = world["d"].parent, connection or confined(world["d"])
+    before = everything(root)
     try:
         said = repr(ask(connection, sql).fetchall())
     except (PipelineError, duckdb.Error) as error:
@@ -191,10 +191,11 @@ def test_every_kind_of_statement_is_among_the_attacks():
 @pytest.mark.parametrize("way", SMUGGLED)
 @pytest.mark.parametrize("kind", STATEMENTS)
 def test_no_statement_does_anything_however_it_comes_in(world, kind, way):
+    connection = confined(world["d"])
     for statement in STATEMENTS[kind]:
         statement = statement.format(**world)
         sql = SMUGGLED[way].format(x=statement, q=statement.replace("'", "''"))
-        assert attack(world, sql).startswith("refused"), sql
+        assert attack(world, sql, connection).startswith("refused"), sql
 
 
 @pytest.mark.parametrize("sql", READS)
