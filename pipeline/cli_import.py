@@ -55,7 +55,7 @@ def import_ade20k(
 
 
 def _masks_written(count: int, out: Path, folder: Path, settings: str) -> None:
-    typer.echo(
+    say(
         f"{out}: {count} images with masks. In params.yaml set download.manifest: {out}, "
         f"download.root: {folder}, and in evaluate.segmentation {settings}. The prompts of the class "
         "file belong into the list that teacher_embed.prompts names, a prompt a line."

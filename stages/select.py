@@ -4,7 +4,6 @@ Run:   pipeline select
 Cost:  one DuckDB query over the shards, no pixels; near duplicates compare all pairs of embeddings.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import contents, libraries, lock, read_stamp, require_inputs
 from pipeline.core.records import Recipe
+from pipeline.core.terminal import say
 from pipeline.core.work import Work
 from pipeline.data import database, duplicates, shards
 
@@ -73,7 +73,7 @@ def _selected(config: SelectConfig, data: Path) -> pa.Table:
     groups = []
     if config.near_duplicates < 1:
         groups = duplicates.near_duplicate_groups(
-            data / "teacher", config.near_duplicates, lambda note: print(note, file=sys.stderr)
+            data / "teacher", config.near_duplicates, partial(say, err=True)
         )
     near = pa.table(
         {
