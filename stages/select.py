@@ -18,6 +18,7 @@ from pipeline.core.records import Recipe
 from pipeline.core.terminal import say
 from pipeline.core.work import Work
 from pipeline.data import database, duplicates, shards
+from pipeline.data.embeddings import caption_similarities
 
 STAGE = "select"
 VERSION = 1  # raise it when the query changes its answer
@@ -92,7 +93,8 @@ def _wanted(where: str, data: Path) -> pa.Table:
 
     It runs on a connection without file access, over images and a similarity computed before.
     """
-    similarity = database.connect(data).sql(SIMILARITY).to_arrow_table()
+    named = "caption_similarity" in where.lower()  # it costs a read of all vectors
+    similarity = caption_similarities(data) if named else NO_SIMILARITY
     try:
         condition = duckdb.SQLExpression(where)
         with database.confined(data) as connection:
@@ -105,19 +107,16 @@ def _wanted(where: str, data: Path) -> pa.Table:
         ) from None
 
 
-# The best cosine between an image and one of its captions.
-SIMILARITY = """
-SELECT image_id, max(list_cosine_similarity(teacher.embedding, texts.embedding))
-                 AS caption_similarity
-FROM texts JOIN teacher USING (image_id) WHERE view = 0 GROUP BY image_id
-"""
+NO_SIMILARITY = pa.table(
+    {"image_id": pa.array([], pa.string()), "caption_similarity": pa.array([], pa.float32())}
+)
 FACTS = "SELECT * EXCLUDE (jpg) FROM images LEFT JOIN similarity USING (image_id)"
 
 # An exact duplicate shares its content's hash, a near duplicate its family: either way a group is
 # one unit, its split follows from content alone, and one member that passes the filter is kept.
 QUERY = """
 WITH fetched AS (
-    SELECT * EXCLUDE (jpg) FROM images
+    SELECT row_id, image_id, status, sha256_original FROM images
     QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY attempts DESC NULLS LAST, row_id) = 1
 ), embedded AS (
     SELECT image_id, true AS embedded FROM teacher WHERE view = 0

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
-from pipeline.data.shards import open_shard, shard_paths, stored_embeddings
+from pipeline.data.shards import embedding_matrix, open_shard, shard_paths, stored_embeddings
 
 KEPT = "SELECT image_id FROM selection WHERE keep AND split = ?"
 LABELS = """
@@ -101,6 +101,36 @@ def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], li
         ids += batch["image_id"].to_pylist()
         matrices.append(unit_rows(batch["embedding"]))
     return texts, ids, np.concatenate(matrices[1:]) if texts else matrices[0]
+
+
+def caption_similarities(data: Path) -> pa.Table:
+    """image_id and caption_similarity: the best cosine between an image and one of its captions.
+
+    A shard at a time: the captions of a shard's images lie in the shard of the same name.
+    """
+    ids, best = [np.zeros(0, "S1")], [np.zeros(0, np.float32)]
+    for path in shard_paths(data / "teacher/images", "teacher-embed"):
+        views, captions = list(first_views(path)), data / "teacher/texts" / path.name
+        if not views or not captions.is_file():
+            continue
+        keys = np.concatenate([part for part, _ in views])
+        order = np.argsort(keys)
+        keys, vectors = keys[order], np.concatenate([part for _, part in views])[order]
+        found = np.full(len(keys), -np.inf, np.float32)
+        with open_shard(captions, "teacher-embed") as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=["image_id", "embedding"])
+                owners = as_bytes(table["image_id"])
+                at = np.searchsorted(keys, owners).clip(max=len(keys) - 1)
+                mine = np.flatnonzero(keys[at] == owners)
+                texts = embedding_matrix(table["embedding"])[mine]
+                images = vectors[at[mine]].astype(np.float32)
+                images /= np.linalg.norm(images, axis=1, keepdims=True).clip(1e-12)
+                np.maximum.at(found, at[mine], (images * texts).sum(axis=1))
+        ids.append(keys[np.isfinite(found)])
+        best.append(found[np.isfinite(found)])
+    names = pa.array(np.concatenate(ids), pa.binary()).cast(pa.string())
+    return pa.table({"image_id": names, "caption_similarity": pa.array(np.concatenate(best))})
 
 
 def labels_of(data: Path, ids: list[str]) -> dict[str, str]:
