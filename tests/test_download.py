@@ -304,6 +304,21 @@ def test_an_image_stays_when_its_host_is_gone(tmp_path):
         assert run(tmp_path, edited, tmp_path, **changes) == {"ok": 6}
 
 
+def test_stricter_limits_judge_stored_images_again_as_a_fetch_would(world, site, tmp_path):
+    """One by its pixels, some by their bytes, both as they were fetched; nothing is asked again."""
+    folder, rows, root = world
+    sizes = sorted(row["original_bytes"] for row in out_rows(folder) if row["status"] == "ok")
+    stricter = {"max_bytes": sizes[len(sizes) // 2], "max_pixels": 50_000}
+    shutil.copytree(folder / "data", tmp_path / "data")
+    requested(site)
+    run(tmp_path, rows, root, **stricter)
+    # failures are asked again under other rules, images are not
+    assert not {f"/{i}.png" for i in range(REMOTE)} & set(requested(site))
+    run(tmp_path / "scratch", rows, root, **stricter)
+    assert out_rows(tmp_path) == out_rows(tmp_path / "scratch")
+    assert Counter(row["status"] for row in out_rows(tmp_path))["too_large"] > 3
+
+
 @pytest.mark.parametrize("lost", ["images", ".store"])
 def test_either_of_the_out_and_the_store_brings_the_other_back(world, site, tmp_path, lost):
     folder, rows, root = world

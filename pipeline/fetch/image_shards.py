@@ -194,7 +194,7 @@ class _EarlierImages:
     """What shards of earlier runs say of images, where they were stored by the same rules."""
 
     def __init__(self, store: Store, config: DownloadConfig):
-        self.rules, self.round, self.changed = _rules(config), config.round, config.changed
+        self.config, self.rules, self.round = config, _rules(config), config.round
         files = {}
         newest_first = sorted(store.entries(), key=lambda e: (-e.round, -store.time(e)))
         for entry in filter(store.sound, newest_first):
@@ -206,7 +206,8 @@ class _EarlierImages:
     def facts(self, rows: list[dict], columns: Iterable[str]) -> dict[str, dict]:
         """By image_id, what is known of these rows of a list and still true.
 
-        An image that is there stays, whatever became of its host. A failure stays where the same
+        An image that is there stays, whatever became of its host, unless it is larger than is allowed
+        now; another robots.txt or URL policy is not asked about it again. A failure stays where the same
         rules led to it, unless it may succeed now and a newer round asks for that.
         """
         asked = {row["image_id"]: row for row in rows if _has_image(row)}
@@ -216,8 +217,22 @@ class _EarlierImages:
                 key = facts.pop("image_id")
                 better = key not in known or (facts["status"] == "ok" != known[key]["status"])
                 if facts["attempts"] and better and self._still_true(asked[key], facts, made):
-                    known[key] = facts | ({"error": None} if facts["status"] == "ok" else {})
+                    known[key] = self._judged(facts) if facts["status"] == "ok" else facts
         return known
+
+    def _judged(self, facts: dict) -> dict:
+        """A stored image under today's limits, as far as they can be known without its host."""
+        most, pixels = self.config.max_bytes, self.config.max_pixels
+        width, height = facts["original_width"], facts["original_height"]
+        if (facts["original_bytes"] or 0) > most:
+            reason = f"more than {most} bytes"
+        elif width * height > pixels:
+            reason = f"{width} x {height} px is more than {pixels} px in all"
+        else:
+            return facts | {"error": None}
+        return NO_IMAGE | {
+            "status": "too_large", "error": reason, "attempts": facts["attempts"]
+        }  # fmt: skip
 
     def _still_true(self, row: dict, facts: dict, made: dict) -> bool:
         if facts["status"] == "ok":
@@ -225,7 +240,7 @@ class _EarlierImages:
             return not local or row["content"] == facts["sha256_original"]
         if facts["status"] == "changed":  # its bytes were not kept
             agreed = row["sha256_expected"] in (None, facts["sha256_original"])
-            return self.changed == "refuse" and not agreed
+            return self.config.changed == "refuse" and not agreed
         final = facts["status"] not in RETRYABLE or made["round"] >= self.round
         return final and made["rules"] == self.rules and row["content"] is None
 
