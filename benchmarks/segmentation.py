@@ -322,7 +322,7 @@ def baselines(args, splits, kinds, prompts: Tensor) -> None:
             f"| {name} | " + " | ".join(interval_text(seg.miou_interval(c)) for c in counts) + " |"
         )
     try:
-        for grid in (2, 8, 12):
+        for grid in (2, 4, 8, 12):
             name, found = teacher_scores(args, grid, splits, kinds, prompts)
             for way in ("plain", "weighted"):
                 cells = [interval_text(found["miou", grid, k.name, way].test) for k in kinds]
@@ -338,10 +338,10 @@ def baselines(args, splits, kinds, prompts: Tensor) -> None:
 
 def teacher_scores(args, grid: int, splits, kinds, prompts: Tensor) -> tuple[str, dict]:
     from pipeline.models.teacher import Teacher
-    from pipeline.models.teacher_patches import dense_patches, dense_size
+    from pipeline.models.teacher_patches import dense_patches, dense_sizes
 
     teacher, cosines = Teacher(args.card, torch.device(args.device)), {}
-    size = dense_size(teacher, grid)
+    size = dense_sizes(teacher, grid)[-1]
     for name in ("val", "test"):
         pixels = splits[name].pixels[64].permute(0, 2, 3, 1).cpu().numpy()
         shape = (0.0, 0.0, 64.0, 64.0)

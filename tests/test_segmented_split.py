@@ -123,9 +123,10 @@ def test_dense_features_of_a_teacher_that_knows_every_patch(data):
     vectors = np.stack([stored.vector(9, i) for i in (0, 2)]).astype(np.float32)
     columns = np.stack([0 * vectors[0], *vectors, 0 * vectors[0]])
     patches = np.broadcast_to(columns, (1, 4, 4, 32))
-    teacher = DenseTeacher(32, lambda pixels: np.repeat(patches, len(pixels), axis=0))
+    teacher = DenseTeacher([32, 64], lambda pixels: np.repeat(patches, len(pixels), axis=0))
     found = figures(data, "a cat\na dog\n", teacher)
     assert found["mIoU_teacher"]["value"] > 0.6 > 2 * found["mIoU_teacher"]["floor"]
+    assert found["image_size_teacher"] == 32  # both sizes are as good
     assert found["mIoU_teacher"]["ceiling"] == 1
 
 

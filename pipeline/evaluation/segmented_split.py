@@ -37,10 +37,11 @@ WHERE status = 'ok' AND keep AND view = 0 AND split IN ('val', ?) ORDER BY image
 class DenseTeacher:
     """The teacher as something to compare patches with.
 
-    size: px of the pixels that it takes; patches: (b, size, size, 3) uint8 -> (b, g, g, E) unit.
+    sizes: px of the pixels that it may take, of which the best on val is reported; patches:
+    (b, size, size, 3) uint8 -> (b, g, g, E) unit.
     """
 
-    size: int
+    sizes: list[int]
     patches: Callable[[np.ndarray], np.ndarray]
 
 
@@ -89,9 +90,10 @@ def segmentation_figures(
     if isinstance(teacher, str):
         found["teacher_left_out"] = teacher
     else:
-        dense = {name: by_teacher(source, name, masks[name], asked, teacher) for name in masks}
-        figure, choice = judge.figure(dense, (0.0,))
-        found |= {"mIoU_teacher": figure | judge.ends, "threshold_teacher": choice.threshold}
+        found |= judge.teacher(
+            teacher.sizes,
+            lambda name, size: by_teacher(source, name, masks[name], asked, teacher, size),
+        )
     counts = {"images": len(masks[split]), "without_mask": without, "classes": len(labels) - 1}
     return counts | found
 
@@ -139,7 +141,7 @@ def by_student(
 
 
 def by_teacher(
-    source: Source, split: str, masks: dict, asked: Asked, teacher: DenseTeacher
+    source: Source, split: str, masks: dict, asked: Asked, teacher: DenseTeacher, size: int
 ) -> seg.Cosines:
     """The same of a teacher's patches; what it says of whole images is asked nowhere: 0."""
 
@@ -147,7 +149,7 @@ def by_teacher(
         dense = torch.from_numpy(teacher.patches(pixels) @ asked.vectors.T).permute(0, 3, 1, 2)
         return seg.Cosines(dense.contiguous(), dense.new_zeros(dense.shape[:2]))
 
-    return _cosines(source, split, teacher.size, masks, cosines)
+    return _cosines(source, split, size, masks, cosines)
 
 
 class _Judge:
@@ -180,12 +182,27 @@ class _Judge:
             "image_weight": chosen.weight,
         }
 
+    def teacher(self, sizes: list[int], cosines_of: Callable[[str, int], seg.Cosines]) -> dict:
+        """Its dense features at the size that is best on val."""
+        best: tuple = ()
+        for size in sizes:
+            choice = self.choice(cosines_of("val", size), (0.0,))
+            if not best or choice.miou > best[0].miou:
+                best = choice, size
+        counts = seg.scored(
+            cosines_of(self.split, best[1]), self.masks[self.split], self.groups, best[0]
+        )
+        figure = seg.miou_interval(counts) | self.ends
+        return {"mIoU_teacher": figure, "threshold_teacher": best[0].threshold,
+                "image_size_teacher": best[1]}  # fmt: skip
+
+    def choice(self, val: seg.Cosines, weights: tuple[float, ...]) -> seg.Choice:
+        return seg.choose(val, self.masks["val"], self.groups, weights, self.by_threshold)
+
     def figure(
         self, cosines: dict[str, seg.Cosines], weights: tuple[float, ...]
     ) -> tuple[dict, seg.Choice]:
-        choice = seg.choose(
-            cosines["val"], self.masks["val"], self.groups, weights, self.by_threshold
-        )
+        choice = self.choice(cosines["val"], weights)
         counts = seg.scored(cosines[self.split], self.masks[self.split], self.groups, choice)
         return seg.miou_interval(counts), choice
 

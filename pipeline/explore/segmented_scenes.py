@@ -34,9 +34,9 @@ def dense_teacher(queries: Queries, grid: int) -> DenseTeacher | str:
     try:
         if (teacher := queries.teacher) is None:
             return queries.no_teacher
-        from pipeline.models.teacher_patches import dense_patches, dense_size
+        from pipeline.models.teacher_patches import dense_patches, dense_sizes
 
-        return DenseTeacher(dense_size(teacher, grid), partial(dense_patches, teacher))
+        return DenseTeacher(dense_sizes(teacher, grid), partial(dense_patches, teacher))
     except PipelineError as error:
         return str(error)
 
@@ -60,7 +60,8 @@ def painted_scenes(
     sides = {"student": (by_student(source, config.split, masks, asked, how, student), "threshold")}
     teacher = dense_teacher(queries, grid)
     if isinstance(teacher, DenseTeacher) and "threshold_teacher" in found:
-        dense = by_teacher(source, config.split, masks, asked, teacher)
+        size = found["image_size_teacher"]
+        dense = by_teacher(source, config.split, masks, asked, teacher, size)
         sides["teacher, dense features"] = dense, "threshold_teacher"
     pixels = _pixels(data, config, student, masks)
     groups = []

@@ -72,20 +72,27 @@ def row_viewer(teacher: Teacher) -> Callable[[Sample], PatchView]:
     return view
 
 
-def dense_size(teacher: Teacher, grid: int) -> int:
-    """The least image size (px) whose grid of positions is no coarser than grid, nor the teacher's
-    own. Raises PipelineError for a tower that is neither a plain ViT nor CLIP's ResNet.
+def dense_sizes(teacher: Teacher, grid: int) -> list[int]:
+    """Image sizes (px) to compare with a student of grid x grid patches: the teacher's own, and
+    doubled until its positions are as many. Larger images are finer, and further from what the
+    teacher was trained on. Raises PipelineError for a tower that is neither a plain ViT nor CLIP's
+    ResNet.
     """
     tower = teacher.model.visual
     if isinstance(tower, open_clip.modified_resnet.ModifiedResNet):
-        return max(teacher.image_size, RESNET_STRIDE * grid)
-    _last_block(teacher)
-    return max(tower.grid_size[0], grid) * tower.patch_size[0]
+        stride = RESNET_STRIDE
+    else:
+        _last_block(teacher)
+        stride = tower.patch_size[0]
+    sizes = [teacher.image_size]
+    while sizes[-1] < stride * grid:
+        sizes.append(min(2 * sizes[-1], stride * grid))
+    return [size - size % stride for size in sizes]
 
 
 @torch.inference_mode()
 def dense_patches(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
-    """(B, S, S, 3) uint8, S from `dense_size` -> (B, g, g, E) float32, unit length.
+    """(B, S, S, 3) uint8, S one of `dense_sizes` -> (B, g, g, E) float32, unit length.
 
     The last attention, a block's or a ResNet's pool, gives each position its own value and the
     output projection instead of a mixture of all: MaskCLIP's way (Zhou et al. 2022, section 3.2).
