@@ -47,6 +47,7 @@ def download(
             own / "lists",
             columns=config.columns,
             forgotten=forgotten,
+            max_bytes=config.max_bytes,
             say=partial(say, err=True),
         )
         plan = plan_images(config, lists, forgotten)

@@ -9,16 +9,19 @@ import sys
 import zipfile
 from pathlib import Path
 
+import bombs
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import server as web
+import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch import img2dataset
-from pipeline.fetch.img2dataset import RETRYABLE, FetchRules, fetch_lists, split_error
+from pipeline.fetch.img2dataset import RETRYABLE, TRIES, FetchRules, fetch_lists, split_error
+from pipeline.fetch.journal import JournalWriter, read_journal, write_rows
 
 SECRET = b"\x89PNG secret bytes below nobody's root"
 
@@ -86,6 +89,9 @@ def hostile(tmp_path_factory):
         "/pickle.jpg": b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.",
         "/empty.jpg": b"",
         "/strip.png": picture(66_000, 1, "PNG"),
+        "/scans.jpg": bombs.jpeg_of_scans(100, 1500),
+        "/tile.tif": bombs.tiff_of_tile(5000),
+        "/runs.bmp": bombs.bmp_of_runs(500),
         "/never.jpg": web.never,
         "/reset.jpg": web.reset,
         "/short.jpg": web.short_of(50_000, good),
@@ -142,6 +148,9 @@ EXPECTED = {
     "/archive.jpg": "not_an_image",
     "/pickle.jpg": "not_an_image",
     "/empty.jpg": "not_an_image",
+    "/scans.jpg": "undecodable",
+    "/tile.tif": "undecodable",
+    "/runs.bmp": "not_an_image",
     "/big.jpg": "too_large",
     "/strip.png": "too_large",
     "/huge_length.jpg": "too_large",
@@ -277,50 +286,140 @@ def test_when_the_caller_is_ended_so_is_every_process_of_img2dataset(tmp_path, s
         job = tmp_path / "lists", tmp_path / "out", rules(timeout_s=60, respect_robots=False)
         parent.stdin.write(pickle.dumps(job))
         parent.stdin.close()
-        assert web.wait_until(lambda: server.requests)
+        assert web.wait_until(lambda: server.requests, 240)
         assert len(running_in(tmp_path)) >= 3  # leader, logger, workers
         parent.send_signal(sent)
         assert parent.wait(30) != 0
         assert web.wait_until(lambda: not running_in(tmp_path), 10)
 
 
-def test_img2dataset_dying_is_an_error_that_names_the_shard_and_the_log(tmp_path):
-    def kill_the_leader(request):
-        os.kill(leader_in(tmp_path).pid, signal.SIGKILL)
-        web.never(request)
+def kill_leader(out: Path) -> None:
+    os.kill(leader_in(out).pid, signal.SIGKILL)
 
-    with web.serve({"/fatal.jpg": kill_the_leader}) as server:
-        write_list(tmp_path / "lists" / "00005.parquet", [server.url("/fatal.jpg")])
-        with pytest.raises(PipelineError, match=r"exit code -9.*00005.*img2dataset\.log"):
-            list(
-                fetch_lists(tmp_path / "lists", tmp_path / "out", rules(respect_robots=False), 1, 2)
-            )
-    assert web.wait_until(lambda: not running_in(tmp_path), 10)
+
+def kill_worker(out: Path) -> None:
+    """The one that fetches the list that was begun last."""
+    begun = max(out.glob("attempt-*/raw/*.pid"), key=lambda path: path.stat().st_mtime_ns)
+    os.kill(int(begun.read_text()), signal.SIGKILL)
 
 
 def leader_in(folder: Path) -> psutil.Process:
     return next(p for p in running_in(folder) if os.getpgid(p.pid) == p.pid)
 
 
+def fatal(kill, out: Path, times: int, data: bytes):
+    """A page whose request ends a process, so many times; then it is an image."""
+    left = [None] * times
+
+    def answer(request):
+        if left:
+            left.pop()
+            kill(out)
+            web.never(request)
+        web.body(data)(request)
+
+    return answer
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_leader])
+def test_a_process_that_is_killed_costs_no_finished_row_and_none_is_fetched_again(tmp_path, kill):
+    """As the kernel does when memory ends: img2dataset's pool would wait for ever."""
+    pages = {f"/{i}.png": picture(20 + i, 20, "PNG") for i in range(5)}
+    pages["/fatal.png"] = fatal(kill, tmp_path / "out", 1, picture(99, 20, "PNG"))
+    with web.serve(pages) as server:
+        paths = [*list(pages)[:4], "/fatal.png", "/4.png"]
+        write_list(tmp_path / "lists" / "00003.parquet", [server.url(path) for path in paths])
+        asked = rules(respect_robots=False, timeout_s=60.0)
+        (shard,) = fetch_lists(tmp_path / "lists", tmp_path / "out", asked, 1, 1)
+        rows = rows_of(shard)
+        assert {rows[server.url(path)]["width"] for path in paths} == {20, 21, 22, 23, 24, 99}
+        assert server.paths() == [
+            "/0.png",
+            "/1.png",
+            "/2.png",
+            "/3.png",
+            *["/fatal.png"] * 2,
+            "/4.png",
+        ]
+    assert web.wait_until(lambda: not running_in(tmp_path), 10)
+
+
 @pytest.mark.slow
-def test_a_worker_that_dies_and_takes_its_shard_along_is_noticed(tmp_path, monkeypatch):
-    """The pool waits for ever for a worker that the system killed for its memory."""
-    monkeypatch.setattr(img2dataset, "STALL_GRACE_S", 15.0)
-    monkeypatch.setattr(img2dataset, "LONGEST_PAUSE_S", 0.0)
+def test_a_row_that_ends_its_worker_every_time_is_lost_and_all_others_are_kept(tmp_path):
+    pages = {f"/{i}.png": picture(20 + i, 20, "PNG") for i in range(6)}
+    pages["/fatal.png"] = fatal(kill_worker, tmp_path / "out", 99, b"")
+    with web.serve(pages) as server:
+        paths = list(pages)
+        for name, some in {"00000": paths[:3], "00001": paths[3:], "00002": paths[:2]}.items():
+            urls = [server.url(path) for path in some]
+            write_list(tmp_path / "lists" / f"{name}.parquet", urls)
+        asked = rules(respect_robots=False, timeout_s=60.0)
+        shards = fetch_lists(tmp_path / "lists", tmp_path / "out", asked, 1, 1)
+        found = {shard.stem: len(rows_of(shard)) for shard in shards}
+        assert found == {"00000": 3, "00001": 3, "00002": 2}
+        assert server.paths().count("/fatal.png") == TRIES
+        assert all(server.paths().count(path) == 1 for path in paths[3:6])
 
-    def kill_the_worker(request):
-        port = request.client_address[1]
-        for process in running_in(tmp_path):
-            if any(c.laddr and c.laddr.port == port for c in process.net_connections()):
-                process.kill()
 
-    with web.serve({"/fatal.jpg": kill_the_worker}) as server:
-        write_list(tmp_path / "lists" / "00000.parquet", [server.url("/fatal.jpg")])
-        with pytest.raises(PipelineError, match="did nothing for 21 s"):
-            list(
-                fetch_lists(tmp_path / "lists", tmp_path / "out", rules(respect_robots=False), 1, 2)
-            )
-        assert server.paths() == ["/fatal.jpg"]
+def test_img2dataset_that_does_not_even_begin_is_an_error_that_names_the_shard_and_the_log(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(img2dataset, "_CHILD", "import sys; sys.exit({0!r} and 3)")
+    write_list(tmp_path / "lists" / "00005.parquet", ["http://127.0.0.1:9/a"])
+    with pytest.raises(PipelineError, match=r"exit code 3.*00005.*img2dataset\.log"):
+        list(fetch_lists(tmp_path / "lists", tmp_path / "out", rules(), 1, 2))
+
+
+def test_a_journal_that_was_cut_off_keeps_its_complete_rows(tmp_path):
+    writer = JournalWriter(7, str(tmp_path), False, 5, None, "jpg")
+    rows = [{"image_id": str(i), "error_message": "bad \udce9" if i else None} for i in range(3)]
+    for i, row in enumerate(rows):
+        writer.write(b"jpg" * i or None, None, None, row)
+    writer.close()
+    journal, size = tmp_path / "00007.rows", (tmp_path / "00007.rows").stat().st_size
+    complete = [len(list(read_journal(cut_off(journal, length)))) for length in range(size + 1)]
+    assert complete == sorted(complete) and complete[-1] == 3 and complete[-2] == 2
+    assert write_rows([journal, journal], tmp_path / "rows.parquet") == 3
+    found = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [row["jpg"] for row in found] == [None, b"jpg", b"jpgjpg"]
+    assert [row["error_message"] for row in found] == [None, "bad ?", "bad ?"]
+
+
+def test_a_journal_that_the_disk_has_no_room_for_keeps_whole_rows_and_says_so_at_its_end(tmp_path):
+    """Under a limit of file size, as on a full disk: img2dataset goes on after a failed row."""
+    code = """
+        import resource, signal, sys
+        from pipeline.fetch.journal import JournalWriter
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        writer = JournalWriter(0, sys.argv[1], False, 5, None, "jpg")
+        for i, size in enumerate([5000, 5000, 50_000, 5000, 50_000]):
+            try: writer.write(b"x" * size, None, None, {"image_id": str(i)})
+            except OSError: print("failed", i)
+        try: writer.close()
+        except OSError as error: print(type(error).__name__)
+    """
+    output, errors = worlds.run_code(code, tmp_path).communicate(timeout=300)
+    assert output.split("\n")[:-1] == ["failed 2", "failed 4", "OSError"], errors
+    assert [row["image_id"] for row in read_journal(tmp_path / "00000.rows")] == ["0", "1", "3"]
+
+
+def cut_off(path: Path, length: int) -> Path:
+    path.with_name("cut").write_bytes(path.read_bytes()[:length])
+    return path.with_name("cut")
+
+
+def test_what_hosts_cost_is_added_over_the_workers_and_the_dearest_are_named(tmp_path):
+    write_list(tmp_path / "lists" / "00000.parquet", ["http://127.0.0.1:9/a"])
+    waiting, journals = {"00000.parquet": 1}, {"00000.parquet": []}
+    attempt = img2dataset._Attempt(
+        tmp_path / "lists", tmp_path, tmp_path / "attempt-0", waiting, journals
+    )
+    assert attempt.slowest_hosts() == {}
+    (attempt.raw / "1.hosts").write_text('{"a": 10.0, "b": 1.0, "c": 2.0}')
+    (attempt.raw / "2.hosts").write_text('{"a": 5.0, "d": 12.0}')
+    (attempt.raw / "3.hosts").write_text('{"a": 5')  # being written
+    assert list(attempt.slowest_hosts().items()) == [("a", 15.0), ("d", 12.0), ("c", 2.0)]
 
 
 def test_leaving_the_loop_early_ends_img2dataset(tmp_path):
@@ -331,17 +430,6 @@ def test_leaving_the_loop_early_ends_img2dataset(tmp_path):
         assert next(shards).name == "00000.parquet"
         shards.close()
     assert web.wait_until(lambda: not running_in(tmp_path), 10)
-
-
-def test_a_raw_shard_may_be_short_but_neither_longer_than_its_list_nor_broken(tmp_path):
-    path = tmp_path / "00000.parquet"
-    write_list(path, ["a", "b"])
-    img2dataset._require_whole(path, 3)
-    with pytest.raises(PipelineError, match="has 2 rows, its list 1"):
-        img2dataset._require_whole(path, 1)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(PipelineError, match="broken"):
-        img2dataset._require_whole(path, 3)
 
 
 def test_importing_fetch_does_not_import_img2dataset():

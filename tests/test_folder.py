@@ -7,7 +7,7 @@ import pytest
 import worlds
 
 from pipeline.core.errors import PipelineError
-from pipeline.fetch.folder import write_folder_manifest
+from pipeline.fetch.folder import MOST_BYTES, write_folder_manifest
 from pipeline.fetch.manifest import write_lists
 from pipeline.fetch.policy import local_path
 
@@ -78,3 +78,24 @@ def test_a_mistake_is_told_and_nothing_is_written(folder, tmp_path, source, out,
     with pytest.raises(PipelineError, match=reason):
         write_folder_manifest(tmp_path / source, tmp_path / out)
     assert not (tmp_path / "m.csv").exists() and (tmp_path / "there.csv").read_text() == "mine"
+
+
+def test_a_caption_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    """An unpacked archive may hold a link to a file of ours, whose text would be published."""
+    (tmp_path / "secret.txt").write_text("our password")
+    (folder / "b.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(PipelineError, match=r"b\.txt is not taken as a caption: refused: .*out of"):
+        write_folder_manifest(folder, tmp_path / "m.csv")
+    assert not (tmp_path / "m.csv").exists()
+
+
+def test_a_caption_that_is_a_link_within_the_folder_is_read(folder, tmp_path):
+    (folder / "b.txt").symlink_to(folder / "notes.txt")
+    write_folder_manifest(folder, tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_text().count("no caption of any picture") == 1
+
+
+def test_a_caption_of_megabytes_is_refused(folder, tmp_path):
+    (folder / "b.txt").write_text("x" * (MOST_BYTES + 1))
+    with pytest.raises(PipelineError, match=r"b\.txt .*more than 1048576 bytes"):
+        write_folder_manifest(folder, tmp_path / "m.csv")

@@ -43,7 +43,7 @@ def world(tmp_path_factory) -> Path:
         manifest=str(root / "manifest.csv"), root=str(root / "photos"), rows_per_shard=30,
         round=0, image_size=32,
         quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
-        per_host=1, allow=[], robots=False,
+        per_host=1, allow=[], ports=[], robots=False,
     )  # fmt: skip
     download(config, root / "data", processes=1, threads=2)
     return root
@@ -179,7 +179,7 @@ def test_a_file_name_that_two_images_share_leads_to_neither(tmp_path):
         manifest=str(tmp_path / "m.csv"), root=str(tmp_path / "photos"), rows_per_shard=10_000,
         round=0, image_size=32,
         quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
-        per_host=1, allow=[], robots=False,
+        per_host=1, allow=[], ports=[], robots=False,
     )  # fmt: skip
     download(config, tmp_path / "data", processes=1, threads=1)
     source = npz(tmp_path / "v.npz", image=["same.png"], embedding=vectors(1))
@@ -311,7 +311,7 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
         manifest=str(tmp_path / "m.csv"), root=str(shared / "photos/flickr8k"),
         rows_per_shard=10_000, round=0,
         image_size=256, quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6,
-        max_redirects=0, per_host=1, allow=[], robots=False,
+        max_redirects=0, per_host=1, allow=[], ports=[], robots=False,
     )  # fmt: skip
     data, vectors_ = tmp_path / "data", shared / "clip_vit_b32"
     download(config, data, processes=1, threads=4)

@@ -378,3 +378,13 @@ def test_an_image_id_in_python_is_the_one_in_sql():
     for url in ("http://a", "", "é\u2028", "file:a b.jpg"):
         ((found,),) = duckdb.execute("SELECT substr(sha256(?), 1, 32)", [url]).fetchall()
         assert image_id(url) == found
+
+
+def test_a_local_file_beyond_the_limit_is_not_hashed(tmp_path):
+    """A sparse file of a terabyte would be read for hours; its row says `too_large` later."""
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "small.jpg").write_bytes(b"image")
+    (tmp_path / "m.csv").write_text("url\nfile:huge.jpg\nfile:small.jpg\n")
+    found = {row["url"]: row["content"] for row in rows_of(lists(tmp_path / "m.csv"))}
+    assert found["file:huge.jpg"] is None and found["file:small.jpg"]

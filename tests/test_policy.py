@@ -5,10 +5,12 @@ import re
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from email.utils import formatdate
 from ipaddress import ip_address
 from urllib.request import Request
 
+import psutil
 import pytest
 import server as web
 from hypothesis import given
@@ -21,13 +23,21 @@ from pipeline.fetch.policy import (
     FetchError,
     FetchRules,
     is_allowed,
+    is_own,
     is_public,
     local_path,
     parse_url,
     read_local,
     split_error,
 )
-from pipeline.fetch.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
+from pipeline.fetch.robots import (
+    MOST_RULES,
+    RobotsCache,
+    Rules,
+    forbidden_by_rule,
+    forbidden_by_tag,
+    robots_rules,
+)
 
 US = frozenset({"extrahead", "img2dataset"})
 
@@ -69,7 +79,8 @@ def why_not(url: str, **changes) -> str:
     "address",
     [
         *("8.8.8.8", "93.184.216.34", "2606:2800:220:1::1"),
-        *("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"),
+        *("::ffff:8.8.8.8", "64:ff9b::808:808", "2606:4700:3035::ac43:8a01"),
+        *("2001:4860:4860::8888", "2a03:2880:f12f:83:face:b00c:0:25de", "2a04:4e42::323"),
     ],
 )
 def test_an_address_on_the_internet_is_public(address):
@@ -84,7 +95,19 @@ def test_an_address_on_the_internet_is_public(address):
         *("255.255.255.255", "198.18.0.1", "::", "::1", "::7f00:1", "fe80::1", "fe80::1%eth0"),
         *("fc00::1", "fec0::1", "ff02::1", "2001:db8::1", "2001:0:808:808::f7f7:f7f7"),
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1"),
-        *("2002:7f00:1::", "2002:a00:1::1"),
+        *("2002:7f00:1::", "2002:a00:1::1", "2002:808:808::1", "3fff::1", "4000::1"),
+        *(
+            "168.63.129.16",
+            "192.0.0.192",
+            "192.88.99.1",
+            "192.0.0.9",
+            "161.26.0.10",
+        ),  # clouds, relays
+        *("2600::5efe:10.0.0.1", "2600::200:5efe:8.8.8.8"),  # ISATAP
+        # NAT64 under a prefix that only its network knows, of 96, 64, 56, 48, 40 and 32 bits
+        *("2a00:1:2:3::169.254.169.254", "2a00:1:2:3:a:0:100::", "2a00:1:2:30a:0:1::"),
+        *("2a00:1:2:7f00:0:100::", "2a00:1:a:1:1::", "2a00:1:a9fe:a9fe::", "2a00::c0a8:1"),
+        "::ffff:168.63.129.16",
     ],
 )
 def test_an_address_that_may_end_inside_is_not_public(address):
@@ -190,6 +213,56 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     assert why_not("http://two.example/", allow=()) == "refused"
+
+
+@pytest.mark.parametrize("port", [22, 25, 6379, 81, 8000, 11211])
+def test_a_public_host_is_asked_on_the_ports_of_the_web_only(monkeypatch, port):
+    monkeypatch.setattr(opener_module, "is_public", lambda address: True)
+    monkeypatch.setattr(opener_module, "is_own", lambda address: False)
+    assert why_not(f"http://127.0.0.1:{port}/", allow=()) == "refused"
+    assert why_not(f"http://127.0.0.1:{port}/", allow=(), ports=(9, port)) == "unreachable"
+
+
+@pytest.mark.parametrize("port", [80, 443, 8080, 8443])
+def test_the_ports_of_the_web_are_open_without_a_word(monkeypatch, port):
+    monkeypatch.setattr(opener_module, "is_public", lambda address: True)
+    monkeypatch.setattr(opener_module, "is_own", lambda address: False)
+    monkeypatch.setattr(Opener, "_connected", lambda *_: connected())
+    assert why_not(f"http://192.0.2.7:{port}/", allow=()) == "unreachable"
+
+
+@contextmanager
+def connected():
+    raise ConnectionRefusedError("nobody is there")
+    yield
+
+
+def test_this_machines_own_address_is_refused_however_public_it_looks(monkeypatch):
+    """As if the address of an interface were a public one."""
+    monkeypatch.setattr(opener_module, "is_public", lambda address: True)
+    with web.serve({"/": b"secret"}) as server:
+        assert why_not(server.url("/"), allow=(), ports=(server.port,)) == "refused"
+        assert server.requests == []
+        assert get(server.url("/"), allow=("127.0.0.1",)) == b"secret"
+
+
+def test_an_address_is_our_own_where_an_interface_has_it():
+    own = {
+        address.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    others = {"192.0.2.1", "8.8.8.8", "2001:db8::1", "2606:4700::1111"} - own
+    for text in own:
+        address = ip_address(text)
+        assert is_own(address) or address.is_link_local
+    assert not any(is_own(ip_address(text)) for text in others)
+
+
+def test_a_url_without_end_is_refused_before_it_is_parsed():
+    with pytest.raises(FetchError, match="refused: a URL of 9000 characters"):
+        parse_url("http://example.org/".ljust(9000, "a"))
 
 
 def test_a_slow_name_server_is_a_timeout(monkeypatch):
@@ -345,7 +418,19 @@ def test_robots_txt_that_asks_for_a_pause_gets_it_too():
 
 
 def test_a_host_gets_no_more_requests_at_once_than_allowed_and_waiting_costs_no_time():
-    with web.serve({"/": web.after(0.3, web.body(b"image"))}) as server:
+    lock, busy, most = threading.Lock(), [], []
+
+    def answer(request):
+        """Leaves before its client can know that it is done."""
+        with lock:
+            busy.append(request)
+            most.append(len(busy))
+        request.server.closing.wait(0.3)
+        with lock:
+            busy.remove(request)
+        web.body(b"image")(request)
+
+    with web.serve({"/": answer}) as server:
         shared, bodies = opener(per_host=2, timeout_s=1.0), []
         fetch = lambda: bodies.append(shared.open(Request(server.url("/"))).read())  # noqa: E731
         threads = [threading.Thread(target=fetch) for _ in range(10)]
@@ -354,7 +439,7 @@ def test_a_host_gets_no_more_requests_at_once_than_allowed_and_waiting_costs_no_
         for thread in threads:
             thread.join()
     assert bodies == [b"image"] * 10
-    assert server.most_at_once == 2
+    assert max(most) == 2
 
 
 def test_https_is_verified_against_the_name_not_the_address(tmp_path, monkeypatch):
@@ -537,6 +622,59 @@ def test_robots_txt_that_is_missing_allows_and_one_that_fails_forbids():
 def test_only_the_beginning_of_an_endless_robots_txt_is_read():
     with web.serve({"/a": b"image", "/robots.txt": web.endless}) as server:
         assert get(server.url("/a"), respect_robots=True) == b"image"
+
+
+def test_more_rules_than_are_checked_forbid_and_cost_little():
+    """45,000 rules against a path of 8,000 characters took 10 s of processor for every URL."""
+    bomb = b"User-agent: *\n" + b"".join(b"Disallow: /*%05x\n" % i for i in range(30_000))
+    path = "/" + "a0" * 4000
+    with web.serve({path: b"image", "/robots.txt": bomb}) as server:
+        shared = opener(respect_robots=True)
+        start = time.process_time()
+        for _ in range(10):
+            with pytest.raises(FetchError, match=r"robots: .*more than 5000 rules"):
+                shared.open(Request(server.url(path)))
+        assert time.process_time() - start < 2.0
+        assert path not in server.paths()
+
+
+def test_as_many_rules_as_are_checked_cost_a_moment_for_the_longest_path():
+    rules = [(f"/*{i:05}*b*c$", False) for i in range(MOST_RULES)]
+    start = time.process_time()
+    assert forbidden_by_rule(rules, "/" + "0" * 8000) is None
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "User-agent: a\n" * 35_000,
+        "User-agent: " + "a " * 250_000,
+        "x\n" * 250_000,
+        "\r" * 500_000,
+        "Allow: /\n" * 50_000,
+        "User-agent: *\nDisallow: " + "*a" * 250_000,
+        "user-agent" + " " * 490_000 + "x",
+        (" " * 99 + "\n") * 5_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_any_robots_txt_of_half_a_megabyte_is_read_and_asked_in_a_moment(bomb):
+    start = time.process_time()
+    rules = robots_rules(bomb, US)
+    forbidden_by_rule(rules, "/" + "a" * 8000)
+    assert time.process_time() - start < 1.0
+
+
+def test_the_memory_of_robots_is_bounded_and_forgets_what_was_not_asked_for_longest():
+    cache = RobotsCache(characters=100_000)
+    for i in range(1000):
+        cache.put(f"http://{i}", [("/" + "a" * 1000, False)])
+        assert cache.get("http://0"), "asked again and again"
+    kept = [i for i in range(1000) if cache.get(f"http://{i}")]
+    assert kept == [0, *range(kept[1], 1000)] and 50 < len(kept) < 100
+    cache.put("http://huge", [("/" + "a" * 200_000, False)])
+    assert cache.get("http://huge") and not cache.get("http://999")
 
 
 def test_robots_are_not_asked_where_they_need_not_be_respected():

@@ -60,6 +60,7 @@ def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
         "max_redirects": 3,
         "per_host": 8,
         "allow": ["127.0.0.0/8"],
+        "ports": [],
         "robots": True,
         "columns": {},
         "changed": "refuse",

@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Column = Literal["url", "caption", "label", "license", "boxes", "mask", "sha256"]
 Span = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]
@@ -90,7 +91,8 @@ class DownloadConfig(Record):
     max_pixels: Positive  # of an image, before decoding
     max_redirects: Count
     per_host: Positive  # concurrent requests to one host, per process
-    allow: list[str]  # private hosts or networks that may be asked all the same
+    allow: list[str]  # private hosts or networks that may be asked all the same, on any port
+    ports: list[Port]  # of public hosts that may be asked, beside 80, 443, 8080 and 8443
     robots: bool  # respect robots.txt and X-Robots-Tag
 
 

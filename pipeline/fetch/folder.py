@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
+from pipeline.fetch.policy import FetchError, read_local
 
+MOST_BYTES = 1 << 20  # of a caption
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -19,7 +21,8 @@ def write_folder_manifest(folder: Path, out: Path) -> int:
 
     A file's label is the subfolder it lies in (null at the top), its caption the text file of the
     same name beside it, where there is one. Raises PipelineError: no folder, no images, a name or
-    caption that is not UTF-8, a manifest of another kind or in the way.
+    caption that is not UTF-8, a caption that is a link out of the folder or longer than MOST_BYTES,
+    a manifest of another kind or in the way.
     """
     if not folder.is_dir():
         raise PipelineError(f"{folder} is no folder.")
@@ -50,15 +53,25 @@ def _check(out: Path) -> None:
 
 def _row(path: Path, folder: Path) -> dict:
     inside = path.relative_to(folder)
-    text = path.with_suffix(".txt")
     try:
         return {
             "url": f"file:{quote(inside.as_posix())}",
-            "caption": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+            "caption": _caption(path.with_suffix(".txt"), folder),
             "label": inside.parent.as_posix() if inside.parent.parts else None,
         }
     except UnicodeError as error:
         raise PipelineError(f"{path}: its name or caption is not UTF-8 ({error}).") from None
+
+
+def _caption(path: Path, folder: Path) -> str | None:
+    """A text below the folder; a link that leads out of it would let its author read our files."""
+    if not path.is_file():
+        return None
+    try:
+        text = read_local(f"file:{quote(path.relative_to(folder).as_posix())}", folder, MOST_BYTES)
+    except FetchError as error:
+        raise PipelineError(f"{path} is not taken as a caption: {error}. Remove it.") from None
+    return text.decode("utf-8").strip()
 
 
 def _write(rows: list[dict], suffix: str, path: Path) -> None:

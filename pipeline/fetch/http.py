@@ -2,7 +2,8 @@
 
 Each hop's host is resolved once, all its addresses are checked, and the connection goes to one of
 them, so that a second answer of the name server changes nothing. Time and bytes are bounded in
-total. Proxies named by the environment are not used: they would resolve names themselves.
+total, what a robots.txt takes included. Proxies named by the environment are not used: they would
+resolve names themselves.
 """
 
 import http.client
@@ -18,19 +19,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from email.utils import parsedate
+from typing import NamedTuple
 from urllib.parse import quote, urljoin
 
+from pipeline.fetch.hosts import Hosts
 from pipeline.fetch.policy import (
     PLAIN,
+    PORTS,
     FetchError,
     FetchRules,
     Target,
     is_allowed,
+    is_own,
     is_public,
     parse_url,
     read_local,
 )
-from pipeline.fetch.robots import Rules, forbidden_by_rule, forbidden_by_tag, robots_rules
+from pipeline.fetch.robots import (
+    RobotsCache,
+    Rules,
+    TooManyRules,
+    forbidden_by_rule,
+    forbidden_by_tag,
+    robots_rules,
+)
 
 ROBOTS_BYTES = 500 * 1024  # of a robots.txt that are read: what RFC 9309 asks at least
 LONGEST_PAUSE_S = 8.0  # between two tries, unless the server asks for a longer one
@@ -39,17 +51,38 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _TRY_LATER = {408, 425, 429}
 
 
+class _Clock:
+    """The time that one try has in all."""
+
+    def __init__(self, seconds: float):
+        self.deadline = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds above 0. Raises TimeoutError when there are none."""
+        if (left := self.deadline - time.monotonic()) <= 0:
+            raise TimeoutError("time is up")
+        return left
+
+    @contextmanager
+    def stopped_until(self, turn: threading.Semaphore) -> Iterator[None]:
+        """Holds a turn; waiting for it costs no time."""
+        start = time.monotonic()
+        with turn:
+            self.deadline += time.monotonic() - start
+            yield
+
+
 class _Wire(io.RawIOBase):
     """A socket's receiving side under one deadline for all reads together."""
 
-    def __init__(self, sock: socket.socket, deadline: float):
-        self.sock, self.deadline = sock, deadline
+    def __init__(self, sock: socket.socket, clock: _Clock):
+        self.sock, self.clock = sock, clock
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self.sock.settimeout(_left(self.deadline))
+        self.sock.settimeout(self.clock.left())
         return self.sock.recv_into(buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -66,36 +99,37 @@ class Opener:
     def __init__(self, rules: FetchRules, beat: Callable[[], None] = lambda: None):
         self.rules, self.beat = rules, beat
         self.tls = ssl.create_default_context()
-        self.turns: dict[str, threading.Semaphore] = {}  # by host
+        self.hosts = Hosts(rules.per_host, rules.timeout_s)
         self.locks: dict[str, threading.Lock] = {}  # by origin
-        self.robots: dict[str, Rules | FetchError] = {}  # by origin
+        self.robots = RobotsCache()  # of Rules, and of _Unknown where there is no answer
 
     def open(self, request, data=None, timeout=None) -> io.BytesIO:
         """The body of an urllib Request's URL; its headers and time-out give way to the rules.
 
         Raises FetchError.
         """
-        return io.BytesIO(self._with_retries(self._image, request.full_url))
+        return io.BytesIO(self._with_retries(request.full_url))
 
-    def _with_retries(self, fetch: Callable[[str], bytes], url: str) -> bytes:
+    def _with_retries(self, url: str) -> bytes:
         """Tries again while that may help, no sooner than the server asks (`Retry-After`).
 
         A pause longer than a whole try may take is not waited for: a later run may try again.
         """
         for attempt in range(self.rules.retries):
             try:
-                return fetch(url)
+                return self._image(url)
             except FetchError as error:
                 if error.final or error.pause_s > self.rules.timeout_s:
                     raise
                 time.sleep(max(error.pause_s, min(0.5 * 2**attempt, LONGEST_PAUSE_S)))
-        return fetch(url)
+        return self._image(url)
 
     def _image(self, url: str) -> bytes:
         if url[:5].lower() == "file:":
             self.beat()
             return read_local(url, self.rules.root, self.rules.max_bytes)
-        with self._following(url, self.rules.respect_robots) as response:
+        clock = _Clock(self.rules.timeout_s)
+        with self._following(url, clock, self.rules.respect_robots) as response:
             names = self.rules.names
             if self.rules.respect_robots and (
                 tag := forbidden_by_tag(response.headers.get_all("X-Robots-Tag", []), names)
@@ -107,52 +141,56 @@ class Opener:
             return body
 
     @contextmanager
-    def _following(self, url: str, ask_robots: bool) -> Iterator[http.client.HTTPResponse]:
-        """The 2xx response at the end of the redirects. The time allowed is for all hops."""
-        left, from_public = self.rules.timeout_s, False
+    def _following(
+        self, url: str, clock: _Clock, ask_robots: bool
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The 2xx response at the end of the redirects."""
+        from_public = False
         for _ in range(self.rules.max_redirects + 1):
             target = parse_url(url)
             if ask_robots:
-                self._ask_robots(target)
-            with self._turn(target.host), _named_errors():
-                self.beat()
-                start = time.monotonic()
-                addresses = self._addresses(target, start + left, from_public)
-                with self._connected(target, addresses, start + left) as sock:
-                    response = self._get(target, sock, start + left)
-                    location = response.headers.get("Location")
-                    if response.status not in _REDIRECTS or location is None:
-                        _require_success(response)
-                        yield response
-                        return
-                left -= time.monotonic() - start
-                from_public |= any(is_public(ipaddress.ip_address(a[-1][0])) for a in addresses)
-                url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
+                self._ask_robots(target, clock)
+            with clock.stopped_until(self.hosts.turn(target.host)):
+                self.hosts.require_budget(target.host)
+                with self.hosts.charged(target.host), _named_errors():
+                    self.beat()
+                    addresses = self._addresses(target, clock, from_public)
+                    with self._connected(target, addresses, clock) as sock:
+                        response = self._get(target, sock, clock)
+                        location = response.headers.get("Location")
+                        if response.status not in _REDIRECTS or location is None:
+                            _require_success(response)
+                            yield response
+                            return
+            from_public |= any(is_public(ipaddress.ip_address(a[-1][0])) for a in addresses)
+            url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
         raise FetchError("refused", f"more than {self.rules.max_redirects} redirects")
 
-    def _turn(self, host: str) -> threading.Semaphore:
-        return self.turns.setdefault(host, threading.Semaphore(self.rules.per_host))
-
-    def _addresses(self, target: Target, deadline: float, from_public: bool) -> list[tuple]:
+    def _addresses(self, target: Target, clock: _Clock, from_public: bool) -> list[tuple]:
         """(family, sockaddr) of a host, resolved once; all may be asked, or FetchError."""
-        found = _resolve(target.host, target.port, deadline)
+        found = _resolve(target.host, target.port, clock)
         for _, (text, *_) in found:
-            address = ipaddress.ip_address(text)
-            if is_public(address):
-                continue
-            if not is_allowed(target.host, address, self.rules.allow):
-                raise FetchError("refused", f"{target.host} is at {text}, not a public address")
-            if from_public:
-                raise FetchError("refused", f"redirect from a public host to {text}")
+            self._require_allowed(target, ipaddress.ip_address(text), from_public)
         return found
 
+    def _require_allowed(self, target: Target, address, from_public: bool) -> None:
+        """Raises FetchError `refused`, unless the address is public or `allow` names it."""
+        public = is_public(address) and not is_own(address)
+        if is_allowed(target.host, address, self.rules.allow):
+            if from_public and not public:
+                raise FetchError("refused", f"redirect from a public host to {address}")
+        elif not public:
+            raise FetchError("refused", f"{target.host} is at {address}, not a public address")
+        elif target.port not in PORTS and target.port not in self.rules.ports:
+            raise FetchError("refused", f"port {target.port}; `download.ports` may allow it")
+
     @contextmanager
-    def _connected(self, target: Target, addresses: list[tuple], deadline: float):
+    def _connected(self, target: Target, addresses: list[tuple], clock: _Clock):
         """A socket to the first address that answers, inside TLS for https."""
         for i, (family, address) in enumerate(addresses):
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
-                sock.settimeout(_left(deadline) / (len(addresses) - i))
+                sock.settimeout(clock.left() / (len(addresses) - i))
                 sock.connect(address)
                 break
             except OSError:
@@ -160,57 +198,78 @@ class Opener:
                 if i == len(addresses) - 1:
                     raise
         with sock:
-            sock.settimeout(_left(deadline))
+            sock.settimeout(clock.left())
             if target.scheme == "http":
                 yield sock
             else:
                 with self.tls.wrap_socket(sock, server_hostname=target.host) as wrapped:
                     yield wrapped
 
-    def _get(self, target: Target, sock, deadline: float) -> http.client.HTTPResponse:
+    def _get(self, target: Target, sock, clock: _Clock) -> http.client.HTTPResponse:
         """The response's head; its body is read under the same deadline."""
         sock.sendall(
             f"GET {target.path} HTTP/1.1\r\nHost: {target.origin.split('//')[1]}\r\n"
             f"User-Agent: {self.rules.user_agent}\r\nAccept: image/*, */*;q=0.5\r\n"
             "Accept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
         )
-        response = http.client.HTTPResponse(_Wire(sock, deadline), method="GET")
+        response = http.client.HTTPResponse(_Wire(sock, clock), method="GET")
         response.begin()
         return response
 
-    def _ask_robots(self, target: Target) -> None:
-        """Raises FetchError where robots.txt forbids the path, or could not be asked."""
-        with self.locks.setdefault(target.origin, threading.Lock()):
-            if target.origin not in self.robots:
-                self.robots[target.origin] = self._robots_of(target.origin)
-        match self.robots[target.origin]:
-            case FetchError(status=status, detail=detail):
-                raise FetchError(status, f"robots.txt of {target.host}: {detail}", final=True)
-            case rules if pattern := forbidden_by_rule(rules, target.path):
-                found = f"robots.txt of {target.host}: Disallow: {pattern[:LONGEST_RULE]}"
-                raise FetchError("robots", found)
+    def _ask_robots(self, target: Target, clock: _Clock) -> None:
+        """Raises FetchError where robots.txt forbids the path, or could not be asked.
 
-    def _robots_of(self, origin: str) -> Rules | FetchError:
-        """RFC 9309: no robots.txt allows all, one that cannot be had forbids all."""
+        Costs the URL's own time, waiting for another thread that asks the same one included.
+        """
+        lock = self.locks.setdefault(target.origin, threading.Lock())
+        with _named_errors():
+            if not lock.acquire(timeout=clock.left()):
+                raise TimeoutError
         try:
-            body = self._with_retries(self._robots_body, f"{origin}/robots.txt")
-        except FetchError as error:
-            return [] if error.status == "not_found" else error
-        return robots_rules(body.decode("utf-8", "replace"), self.rules.names)
+            known = self._robots_of(target.origin, clock)
+        finally:
+            lock.release()
+        if isinstance(known, _Unknown):
+            error, asked = known.error, known.tries > self.rules.retries
+            detail = f"robots.txt of {target.host}: {error.detail}"
+            raise FetchError(error.status, detail, error.final or asked, error.pause_s)
+        if pattern := forbidden_by_rule(known, target.path):
+            raise FetchError(
+                "robots", f"robots.txt of {target.host}: Disallow: {pattern[:LONGEST_RULE]}"
+            )
 
-    def _robots_body(self, url: str) -> bytes:
-        with self._following(url, ask_robots=False) as response:
-            return _read(response, ROBOTS_BYTES)
+    def _robots_of(self, origin: str, clock: _Clock) -> "Rules | _Unknown":
+        """RFC 9309: no robots.txt allows all, one that cannot be had forbids all.
+
+        One that fails is asked again for other URLs, as often as a URL is tried.
+        """
+        known = self.robots.get(origin)
+        tries = known.tries if isinstance(known, _Unknown) else 0
+        if known is None or (tries and not known.error.final and tries <= self.rules.retries):
+            began = time.monotonic()
+            in_full = clock.deadline - began > self.rules.timeout_s / 2
+            try:
+                with self._following(f"{origin}/robots.txt", clock, ask_robots=False) as response:
+                    body = _read(response, ROBOTS_BYTES)
+                known = robots_rules(body.decode("utf-8", "replace"), self.rules.names)
+            except TooManyRules as error:
+                known = _Unknown(FetchError("robots", str(error)), 1)
+            except FetchError as error:
+                known = [] if error.status == "not_found" else _Unknown(error, tries + 1)
+                if error.status == "timeout" and not in_full:
+                    return known  # earlier hops had used the time up: says nothing of this origin
+            self.robots.put(origin, known)
+        return known
 
 
-def _left(deadline: float) -> float:
-    """Seconds until a time of the monotonic clock. Raises TimeoutError after it."""
-    if (left := deadline - time.monotonic()) <= 0:
-        raise TimeoutError("time is up")
-    return left
+class _Unknown(NamedTuple):
+    """A robots.txt that could not be had."""
+
+    error: FetchError
+    tries: int
 
 
-def _resolve(host: str, port: int, deadline: float) -> list[tuple]:
+def _resolve(host: str, port: int, clock: _Clock) -> list[tuple]:
     """(family, sockaddr) of a host. In a thread: getaddrinfo knows no time-out."""
     answer: Future = Future()
 
@@ -221,7 +280,7 @@ def _resolve(host: str, port: int, deadline: float) -> list[tuple]:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    return [(found[0], found[4]) for found in answer.result(_left(deadline))]
+    return [(found[0], found[4]) for found in answer.result(clock.left())]
 
 
 def _read(response: http.client.HTTPResponse, limit: int) -> bytes:

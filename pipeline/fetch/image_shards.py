@@ -132,7 +132,12 @@ class ImageShards:
             return
         with tqdm(total=total, unit="image", desc=STAGE, smoothing=0.05) as bar:
             for raw in fetch_lists(
-                wanted, self.scratch / "raw", self._fetch_rules(), self.processes, self.threads
+                wanted,
+                self.scratch / "raw",
+                self._fetch_rules(),
+                self.processes,
+                self.threads,
+                lambda hosts: bar.set_postfix_str(_slow(hosts)),
             ):
                 came = {row["image_id"]: row for row in pq.read_table(raw).to_pylist()}
                 for name in batches[raw.name]:
@@ -164,6 +169,7 @@ class ImageShards:
             max_redirects=config.max_redirects,
             per_host=config.per_host,
             allow=tuple(config.allow),
+            ports=tuple(config.ports),
             root=Path(config.root).resolve(),
             respect_robots=config.robots,
             image_size=config.image_size,
@@ -252,6 +258,11 @@ class _EarlierImages:
                 if row["status"] in RETRYABLE:
                     tried[row["image_id"]] = max(tried.get(row["image_id"], 0), row["attempts"])
         return tried
+
+
+def _slow(hosts: dict[str, float]) -> str:
+    """For the progress bar: hosts and the seconds that each has cost."""
+    return "slowest: " + ", ".join(f"{host} {seconds:.0f} s" for host, seconds in hosts.items())
 
 
 def _has_image(row: dict) -> bool:

@@ -3,15 +3,17 @@
 Reads a folder of lists NNNNN.parquet (image_id, url), yields raw shards NNNNN.parquet: a row per
 image in no particular order, with image_id, url, status (`success` or a failure), error_message
 (`split_error` takes it apart), width, height, original_width, original_height, sha256 (of the
-fetched bytes), exif (JSON: their number as `bytes`) and jpg. A row that img2dataset lost is
-missing: compare image_ids.
+fetched bytes), exif (JSON: their number as `bytes`) and jpg. A row that got lost is missing:
+compare image_ids.
 
 Nothing of img2dataset is imported here, only in the child: it takes seconds, and its SIGINT
-handler would end us with status 0.
+handler would end us with status 0. Its workers keep a journal of finished rows. Where one is
+killed, or all of img2dataset hangs or ends, it is started anew for the rows that are not in one.
 """
 
 import functools
 import io
+import json
 import math
 import os
 import pickle
@@ -22,67 +24,76 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.pixels import NotAnImage
-from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg
+from pipeline.fetch.decoder import Decoder
 from pipeline.fetch.http import LONGEST_PAUSE_S, Opener
-from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchRules, split_error
+from pipeline.fetch.journal import SUFFIX, JournalWriter, read_journal, write_rows
+from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchError, FetchRules, split_error
 
 __all__ = ["RETRYABLE", "STATUSES", "FetchRules", "fetch_lists", "split_error"]
 
 LOG = "img2dataset.log"
 STALL_GRACE_S = 120.0  # to start processes and decode what was fetched, without a request
 SIZE = "bytes"  # key in the column exif
+TRIES = 3  # to fetch a list whose worker dies; after them its missing rows are lost
+SLOWEST = 3  # hosts that are reported
 _POLL_S = 0.2
-_BEAT = "beat"  # its time changes with every request
+_REPORT_S = 2.0  # between two looks at what hosts cost
+_BEAT = "beat"  # its time changes with every request and every decoded image
 _CHILD = (
     "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.img2dataset import _child; _child()"
 )
 
 
 def fetch_lists(
-    lists: Path, out: Path, rules: FetchRules, processes: int, threads: int
+    lists: Path,
+    out: Path,
+    rules: FetchRules,
+    processes: int,
+    threads: int,
+    report: Callable[[dict[str, float]], None] = lambda hosts: None,
 ) -> Iterator[Path]:
     """Fetch every list; yield out/NNNNN.parquet, named as its list, as soon as it is complete.
 
     The caller may delete what it was given. `out` belongs to this function alone and is emptied
     first: give it only lists that are still to be fetched, none of them empty. img2dataset's
     output goes to out/img2dataset.log. However this ends, kill -9 included, its processes end too.
+    `report` is told now and then which hosts have cost most seconds by failures and slow answers.
 
-    Raises PipelineError where a list cannot be fetched as a whole; failed images are rows.
+    A list that loses its worker TRIES times lacks the rows that were never finished.
+    Raises PipelineError where img2dataset does not even begin; failed images are rows.
     """
     waiting = _rows_per_list(lists)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    raw = out / "raw"
-    patience = STALL_GRACE_S + 3 * (rules.timeout_s + LONGEST_PAUSE_S)
-    with _running(lists, raw, rules, processes, threads, max(waiting.values())) as child:
-        # img2dataset numbers its shards by the place of a list among the sorted lists
-        numbers = {path.name: f"{i:05}" for i, path in enumerate(sorted(lists.glob("*.parquet")))}
-        seen, since = None, time.monotonic()
-        while waiting:
-            ended = child.poll()  # before looking: what it finished last is then seen below
-            done = [name for name in waiting if (raw / f"{numbers[name]}_stats.json").exists()]
-            for name in done:
-                (raw / f"{numbers[name]}.parquet").replace(out / name)
-                _require_whole(out / name, waiting.pop(name))
-                yield out / name
-            sign = (raw / _BEAT).stat().st_mtime_ns if (raw / _BEAT).exists() else None
-            if done or sign != seen:
-                seen, since = sign, time.monotonic()
-            elif ended is not None:
-                raise _unfinished(f"ended (exit code {ended})", waiting, out)
-            elif time.monotonic() - since > patience:
-                raise _unfinished(f"did nothing for {patience:.0f} s", waiting, out)
-            else:
-                time.sleep(_POLL_S)
+    journals: dict[str, list[Path]] = {name: [] for name in waiting}
+    losses: Counter = Counter()
+    for number in range(TRIES * len(waiting)):
+        attempt = _Attempt(lists, out, out / f"attempt-{number}", waiting, journals)
+        with _running(attempt, rules, processes, threads) as child:
+            patience = STALL_GRACE_S + 3 * (rules.timeout_s + LONGEST_PAUSE_S)
+            for name in (watching := _Watch(attempt, child, patience, report)):
+                journals[name].append(attempt.journal(name))
+                yield _finished(name, out, waiting, journals)
+        if waiting and watching.failed:
+            raise _unfinished(watching.ending, waiting, out)
+        begun = [name for name in sorted(waiting) if attempt.journal(name).exists()]
+        for name in begun:
+            losses[name] += 1
+            journals[name].append(attempt.journal(name))
+            if losses[name] == TRIES or len(_ids(journals[name])) == waiting[name]:
+                yield _finished(name, out, waiting, journals)
+        if not waiting:
+            return
+        if not begun and not watching.done:
+            raise _unfinished(watching.ending, waiting, out)
 
 
 def _rows_per_list(lists: Path) -> dict[str, int]:
@@ -91,14 +102,18 @@ def _rows_per_list(lists: Path) -> dict[str, int]:
     return rows
 
 
-def _require_whole(path: Path, rows: int) -> None:
-    """A shard whose footer can be read; it may lack rows, but not have more than its list."""
-    try:
-        found = pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowInvalid) as error:
-        raise PipelineError(f"img2dataset left a broken {path}: {error}. Run it again.") from None
+def _ids(journals: list[Path]) -> set[str]:
+    return {row["image_id"] for path in journals for row in read_journal(path)}
+
+
+def _finished(name: str, out: Path, waiting: dict, journals: dict) -> Path:
+    """One list's rows, out of all attempts, as one file; its journals are gone then."""
+    found, rows = write_rows(parts := journals.pop(name), out / name), waiting.pop(name)
     if found > rows:
-        raise PipelineError(f"{path} has {found} rows, its list {rows}. Run it again.")
+        raise PipelineError(f"{out / name} has {found} rows, its list {rows}. Run it again.")
+    for part in parts:
+        part.unlink()
+    return out / name
 
 
 def _unfinished(what: str, waiting: dict[str, int], out: Path) -> PipelineError:
@@ -108,18 +123,94 @@ def _unfinished(what: str, waiting: dict[str, int], out: Path) -> PipelineError:
     )
 
 
+class _Attempt:
+    """One start of img2dataset, for what is still missing."""
+
+    def __init__(self, lists: Path, out: Path, folder: Path, waiting: dict, journals: dict):
+        self.log, self.lists, self.raw = out / LOG, folder / "lists", folder / "raw"
+        self.lists.mkdir(parents=True)
+        self.raw.mkdir()
+        self.rows = max(waiting.values())
+        for name in waiting:
+            rows = pq.read_table(lists / name)
+            done = _ids(journals[name])
+            left = [key not in done for key in rows["image_id"].to_pylist()]
+            pq.write_table(rows.filter(left), self.lists / name)
+        # img2dataset numbers its shards by the place of a list among the sorted lists
+        self.numbers = {name: f"{i:05}" for i, name in enumerate(sorted(waiting))}
+
+    def journal(self, name: str) -> Path:
+        return self.raw / f"{self.numbers[name]}{SUFFIX}"
+
+    def is_done(self, name: str) -> bool:
+        return (self.raw / f"{self.numbers[name]}_stats.json").exists()
+
+    def has_lost_its_worker(self, name: str) -> bool:
+        try:
+            os.kill(int((self.raw / f"{self.numbers[name]}.pid").read_text()), 0)
+        except (FileNotFoundError, ValueError):
+            return False  # not begun
+        except ProcessLookupError:
+            return not self.is_done(name)
+        return False
+
+    def last_sign(self) -> int | None:
+        return (self.raw / _BEAT).stat().st_mtime_ns if (self.raw / _BEAT).exists() else None
+
+    def slowest_hosts(self) -> dict[str, float]:
+        """Seconds lost to hosts, added over the workers; the dearest hosts first."""
+        costs: Counter = Counter()
+        for path in self.raw.glob("*.hosts"):
+            with suppress(ValueError, OSError):
+                costs.update(json.loads(path.read_text()))
+        return dict(costs.most_common(SLOWEST))
+
+
+class _Watch:
+    """Names of lists as they are finished; ends when no more of them will be."""
+
+    def __init__(self, attempt: _Attempt, child: subprocess.Popen, patience: float, report):
+        self.attempt, self.child, self.patience, self.report = attempt, child, patience, report
+        self.done: list[str] = []
+        self.ending, self.failed = "lost its workers", False
+
+    def __iter__(self) -> Generator[str, None, None]:
+        attempt, waiting = self.attempt, set(self.attempt.numbers)
+        seen, since, reported = None, time.monotonic(), 0.0
+        while waiting:
+            ended = self.child.poll()  # before looking: what it finished last is then seen below
+            for name in (done := [name for name in sorted(waiting) if attempt.is_done(name)]):
+                waiting.discard(name)
+                self.done.append(name)
+                yield name
+            if time.monotonic() - reported > _REPORT_S and (hosts := attempt.slowest_hosts()):
+                self.report(hosts)
+                reported = time.monotonic()
+            if done or attempt.last_sign() != seen:
+                seen, since = attempt.last_sign(), time.monotonic()
+            elif ended is not None:
+                self.ending = f"ended (exit code {ended})"
+                self.failed = ended >= 0  # by itself: a full disk, a broken installation
+                return
+            elif time.monotonic() - since > self.patience:
+                self.ending = f"did nothing for {self.patience:.0f} s"
+                return
+            elif waiting and all(attempt.has_lost_its_worker(name) for name in waiting):
+                return
+            time.sleep(_POLL_S)
+
+
 @contextmanager
-def _running(lists, raw: Path, rules: FetchRules, processes: int, threads: int, rows: int):
+def _running(attempt: _Attempt, rules: FetchRules, processes: int, threads: int):
     """img2dataset as the leader of a session of its own, which a Ctrl-C does not reach.
 
     Its standard input is a pipe that we hold: when we are gone it reads an end of file.
     """
-    raw.mkdir()
     scratch = tempfile.mkdtemp(prefix="extrahead-")  # what its logger leaves behind on every start
     quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
     quiet["TMPDIR"] = scratch
     code = _CHILD.format(str(Path(__file__).resolve().parents[2]))
-    with (raw.parent / LOG).open("wb") as log:
+    with attempt.log.open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
@@ -130,7 +221,8 @@ def _running(lists, raw: Path, rules: FetchRules, processes: int, threads: int, 
         )
     try:
         with suppress(BrokenPipeError):  # it died at once: the caller sees that
-            child.stdin.write(pickle.dumps((lists, raw, rules, processes, threads, rows)))
+            order = attempt.lists, attempt.raw, rules, processes, threads, attempt.rows
+            child.stdin.write(pickle.dumps(order))
             child.stdin.flush()
         yield child
     finally:
@@ -149,7 +241,7 @@ def _child() -> None:
     import img2dataset
     import img2dataset.main  # hidden behind the function of the same name
 
-    guarded = functools.partial(GuardedDownloader, rules, raw / _BEAT)
+    guarded = functools.partial(GuardedDownloader, rules, raw)
     sys.modules["img2dataset.main"].Downloader = guarded
     img2dataset.download(
         url_list=str(lists),
@@ -176,12 +268,12 @@ def _die_with_parent() -> None:
 class GuardedDownloader:
     """Stands for img2dataset's Downloader in its pool of spawned workers."""
 
-    def __init__(self, rules: FetchRules, beat: Path, **arguments):
+    def __init__(self, rules: FetchRules, raw: Path, **arguments):
         from img2dataset.downloader import Downloader
 
-        self.rules, self.beat = rules, beat
-        resizer = CanonicalResizer(rules.image_size, rules.quality, rules.max_pixels)
-        self.downloader = Downloader(**arguments | {"resizer": resizer})
+        self.rules, self.raw = rules, raw
+        ours = {"resizer": CanonicalResizer(rules, raw), "sample_writer_class": JournalWriter}
+        self.downloader = Downloader(**arguments | ours)
 
     def __call__(self, shard):
         """(whether it worked, shard), as img2dataset's distributor expects it."""
@@ -189,15 +281,39 @@ class GuardedDownloader:
 
         from img2dataset import downloader
 
-        downloader.exifread = CountBytes  # in place of a parser of strangers' bytes
-        urllib.request.install_opener(_opener(self.rules, self.beat))
-        return self.downloader(shard)
+        downloader.exifread = CountBytes  # in place of a parser of untrusted bytes
+        (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
+        urllib.request.install_opener(_opener(self.rules, self.raw))
+        try:
+            return self.downloader(shard)
+        finally:
+            _tell_hosts(self.rules, self.raw)
 
 
 @functools.cache
-def _opener(rules: FetchRules, beat: Path) -> Opener:
-    """One per process, so that robots.txt and turns are shared by its shards."""
-    return Opener(rules, beat.touch)
+def _opener(rules: FetchRules, raw: Path) -> Opener:
+    """One per process, so that robots.txt, turns and accounts are shared by its shards."""
+    told = [time.monotonic()]
+
+    def beat() -> None:
+        (raw / _BEAT).touch()
+        if time.monotonic() - told[0] > _REPORT_S:
+            told[0] = time.monotonic()
+            _tell_hosts(rules, raw)
+
+    return Opener(rules, beat)
+
+
+def _tell_hosts(rules: FetchRules, raw: Path) -> None:
+    """What hosts have cost this process, for the progress that the caller shows."""
+    costs = _opener(rules, raw).hosts.slowest(SLOWEST)
+    (raw / f"{os.getpid()}.hosts").write_text(json.dumps(costs))
+
+
+@functools.cache
+def _decoder(rules: FetchRules) -> Decoder:
+    """One per process."""
+    return Decoder(rules.image_size, rules.quality, rules.max_pixels)
 
 
 class CountBytes:
@@ -211,14 +327,13 @@ class CountBytes:
 class CanonicalResizer:
     """Stands for img2dataset's Resizer: bytes are judged, decoded and stored by our rules."""
 
-    def __init__(self, image_size: int, quality: int, max_pixels: int):
-        self.arguments = image_size, quality, max_pixels
+    def __init__(self, rules: FetchRules, raw: Path):
+        self.rules, self.raw = rules, raw
 
     def __call__(self, stream: io.BytesIO, bboxes=None):
         """(jpg or None, width, height, original width, original height, error or None)."""
+        (self.raw / _BEAT).touch()
         try:
-            return *canonical_jpeg(stream.read(), *self.arguments), None
-        except NotAnImage as error:
-            return None, None, None, None, None, f"not_an_image: {error}"
-        except TooManyPixels as error:
-            return None, None, None, None, None, f"too_large: {error}"
+            return *_decoder(self.rules).canonical_jpeg(stream.read()), None
+        except FetchError as error:
+            return None, None, None, None, None, str(error)

@@ -11,6 +11,7 @@ keep their own `caption`.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,13 +33,12 @@ from pipeline.fetch.manifest_files import (
     open_manifest,
     unreadable,
 )
-from pipeline.fetch.policy import FetchError, local_path, read_local
+from pipeline.fetch.policy import FetchError, open_local, read_local
 
 __all__ = ["image_id", "list_digest", "write_lists"]
 
 VERSION = 2  # raise it when ids, buckets or the reading of a manifest change
 MOST = 1_000  # captions, and boxes, of one image
-MOST_BYTES = 1 << 30  # of an image inside another file that is hashed
 MEMORY = "2GB"  # of DuckDB, which spills to the folder
 BOXES = 'STRUCT("text" VARCHAR, x0 FLOAT, y0 FLOAT, x1 FLOAT, y1 FLOAT)[]'
 Say = Callable[[str], object]
@@ -52,6 +52,7 @@ def write_lists(
     *,
     columns: Mapping[str, str | int | None] | None = None,
     forgotten: Forgotten | None = None,
+    max_bytes: int = 1 << 25,
     say: Say = print,
 ) -> list[Path]:
     """Partition a manifest into folder/NNNNN.parquet, one list per bucket, empty ones too.
@@ -61,7 +62,7 @@ def write_lists(
 
     A list's columns: row_id, image_id, url, caption, captions, label, license, boxes, mask,
     sha256_expected, occurrence (0 for the first row with its url), content and mask_content
-    (SHA-256 of a local file's bytes, else null), forgotten (such a row has nothing but its ids);
+    (SHA-256 of a local file of at most max_bytes, else null), forgotten (such a row has nothing but its ids);
     sorted by image_id and occurrence. columns: see `open_manifest`. say: is told, in a sentence
     each, what a reader of the manifest may not expect. Memory stays flat: DuckDB spills to folder.
 
@@ -75,7 +76,7 @@ def write_lists(
         connection.execute(f"SET memory_limit = '{MEMORY}'; SET enable_progress_bar = false")
         connection.create_function(
             "content",
-            _content_of(root),
+            _content_of(root, max_bytes),
             ["VARCHAR"],
             "VARCHAR",
             null_handling="special",
@@ -338,18 +339,17 @@ def list_digest(path: Path) -> str:
     return found.hexdigest()[:32]
 
 
-def _content_of(root: Path):
+def _content_of(root: Path, max_bytes: int):
     """A local file's hash, so that a changed file is noticed; null where it may not be read."""
     root = root.resolve()
 
     def content(url: str) -> str | None:
         try:
             if split_inside(url):
-                return hashlib.sha256(read_local(url, root, MOST_BYTES)).hexdigest()
-            path = local_path(url, root)
-            if not path.is_file():
-                return None
-            with path.open("rb") as file:
+                return hashlib.sha256(read_local(url, root, max_bytes)).hexdigest()
+            with open_local(url, root) as file:
+                if os.fstat(file.fileno()).st_size > max_bytes:
+                    return None
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except (FetchError, OSError):  # the row will say why
             return None

@@ -7,23 +7,66 @@ names them. `pipeline.fetch.http` asks these rules before every request, redirec
 import ipaddress
 import os
 import re
+import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.fetch.containers import read_inside, split_inside
 
-VERSION = 1  # raise it when a rule changes what is fetched
-RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost"})
-STATUSES = RETRYABLE | {"refused", "robots", "not_found", "too_large", "not_an_image"}
+VERSION = 2  # raise it when a rule changes what is fetched
+RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost", "put_off"})
+STATUSES = RETRYABLE | {
+    *("refused", "robots", "not_found", "too_large", "not_an_image", "undecodable"),
+}
 
 PLAIN = "/%:=&?~+!$,;'@()*[]|"  # characters of a path or query that are sent as they are
+PORTS = frozenset({80, 443, 8080, 8443})  # of public hosts; a parameter adds to them
+LONGEST_URL = 8192  # characters
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+
+# Nobody's public images are there. A list of our own, for the standard library's changes from one
+# Python to the next: IANA's special-purpose registries, and what clouds answer on from within.
+_INSIDE_4 = [
+    ipaddress.IPv4Network(text)
+    for text in (
+        *("10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.168.0.0/16", "192.0.0.0/24"),  # the last one holds Oracle's metadata, 192.0.0.192
+        "168.63.129.16/32",  # Azure's host
+        *("161.26.0.0/16", "166.8.0.0/14"),  # IBM Cloud's services
+    )
+]
+_NOT_PUBLIC_4 = [
+    *_INSIDE_4,
+    *(
+        ipaddress.IPv4Network(text)
+        for text in (
+            "0.0.0.0/8",
+            *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24"),  # documentation
+            *("192.31.196.0/24", "192.175.48.0/24"),  # AS112
+            *("192.52.193.0/24", "192.88.99.0/24"),  # AMT, relays of 6to4
+            "198.18.0.0/15",  # benchmarks
+            *("224.0.0.0/4", "240.0.0.0/4"),
+        )
+    ),
+]
+_NOT_PUBLIC_6 = [  # within 2000::/3, beyond which nothing is public
+    ipaddress.IPv6Network(text)
+    for text in (
+        "2001::/23",  # protocols: Teredo, ORCHID, benchmarks
+        *("2001:db8::/32", "3fff::/20"),  # documentation
+        "2002::/16",  # 6to4
+        "2620:4f:8000::/48",  # AS112
+    )
+]
 
 
 try:
@@ -49,6 +92,7 @@ class FetchRules:
     per_host: int  # concurrent requests to one host, per worker process
     image_size: int  # px; the shorter side of a stored image, which is never enlarged
     quality: int  # of a JPEG, where an image must be encoded
+    ports: tuple[int, ...] = ()  # of public hosts, beside PORTS; those that `allow` names have any
     user_agent: str = USER_AGENT  # its name, and img2dataset, are looked for in robots.txt
 
     @property
@@ -94,7 +138,9 @@ class Target(NamedTuple):
 
 
 def parse_url(url: str) -> Target:
-    """Raises FetchError `refused` for another scheme and for what is no URL."""
+    """Raises FetchError `refused` for another scheme and for what is no URL, or an endless one."""
+    if len(url) > LONGEST_URL:
+        raise FetchError("refused", f"a URL of {len(url)} characters; {LONGEST_URL} are allowed")
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
@@ -110,22 +156,54 @@ def parse_url(url: str) -> Target:
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address, and every IPv4 address it carries inside, is on the public internet."""
-    return all(
-        a.is_global and not a.is_multicast and (a.version == 4 or a in _GLOBAL_UNICAST)
-        for a in _unwrapped(address)
-    )
-
-
-def _unwrapped(address: IPv4Address | IPv6Address) -> list[IPv4Address | IPv6Address]:
-    """The addresses that a packet to this one may end at (IPv4-mapped, NAT64, 6to4, Teredo)."""
+    """Whether an address, and every IPv4 address it may carry inside, is on the public internet."""
     if address.version == 4:
-        return [address]
-    if address.ipv4_mapped:
-        return [address.ipv4_mapped]
+        return not any(address in network for network in _NOT_PUBLIC_4)
+    if carried := _carried(address):
+        return is_public(carried)
+    if address not in _GLOBAL_UNICAST or any(address in network for network in _NOT_PUBLIC_6):
+        return False
+    return not _may_be_translated_inside(int(address))
+
+
+def _carried(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that a packet to this one is sure to end at (IPv4-mapped, NAT64)."""
     if address in _NAT64:
-        return [IPv4Address(int(address) & 0xFFFFFFFF)]
-    return [address, *filter(None, [address.sixtofour]), *(address.teredo or ())]
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped
+
+
+def _may_be_translated_inside(address: int) -> bool:
+    """Whether a network of our own may translate it to a private IPv4 address.
+
+    ISATAP, and NAT64 under a prefix that only that network knows: RFC 6052 puts the IPv4 address
+    behind 32, 40, 48, 56, 64 or 96 bits of prefix, zeros in bits 64 to 71 and behind it.
+    """
+    if address >> 32 & 0xFDFFFFFF == 0x00005EFE:
+        return True
+    if address >> 56 & 0xFF:
+        return False
+    without_zeros = address >> 64 << 56 | address & (1 << 56) - 1  # 120 bits
+    for suffix in (56, 48, 40, 32, 24, 0):  # bits
+        inner = IPv4Address(without_zeros >> suffix & 0xFFFFFFFF)
+        zeros = without_zeros & (1 << suffix) - 1 == 0
+        if zeros and any(inner in network for network in _INSIDE_4):
+            return True
+    return False
+
+
+def is_own(address: IPv4Address | IPv6Address) -> bool:
+    """Whether an interface of this machine has the address: then it is our own source towards it.
+
+    Nothing is sent.
+    """
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((str(address), 9))
+            return ipaddress.ip_address(sock.getsockname()[0]) == address
+    except OSError:  # no way leads there
+        return False
 
 
 def is_allowed(host: str, address: IPv4Address | IPv6Address, allow: tuple[str, ...]) -> bool:
@@ -137,7 +215,8 @@ def is_allowed(host: str, address: IPv4Address | IPv6Address, allow: tuple[str, 
             if entry.lower().removesuffix(".") == host:
                 return True
         else:
-            if all(a in network for a in _unwrapped(address)):
+            inner = address if address.version == 4 else _carried(address) or address
+            if inner in network:
                 return True
     return False
 
@@ -159,24 +238,34 @@ def local_path(url: str, root: Path | None) -> Path:
     return real
 
 
-def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
-    """The bytes of a regular file below root, or of an image inside one. Raises FetchError."""
-    if inside := split_inside(url[len("file:") :]):
-        return _read_inside(url, *inside, root, max_bytes)
+@contextmanager
+def open_local(url: str, root: Path | None) -> Iterator[BinaryIO]:
+    """A regular file below root, opened without following links. Raises FetchError."""
     path = local_path(url, root)
     try:  # NONBLOCK: opening a FIFO would wait for its writer
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise FetchError("refused", f"{url!r} is no regular file")
-            with open(handle, "rb", closefd=False) as file:
-                data = file.read(max_bytes + 1)
-        finally:
-            os.close(handle)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FetchError("not_found", f"{error.strerror}: {url!r}") from None
     except OSError as error:
         raise FetchError("unreachable", f"{error.strerror}: {url!r}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise FetchError("refused", f"{url!r} is no regular file")
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
+    """The bytes of a regular file below root, or of an image inside one. Raises FetchError."""
+    if inside := split_inside(url[len("file:") :]):
+        return _read_inside(url, *inside, root, max_bytes)
+    with open_local(url, root) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise FetchError("unreachable", f"{error.strerror}: {url!r}") from None
     if len(data) > max_bytes:
         raise FetchError("too_large", f"more than {max_bytes} bytes")
     return data

@@ -1,39 +1,85 @@
-"""What a site allows: robots.txt (RFC 9309) and X-Robots-Tag, as pure functions of their text.
+"""What a site allows: robots.txt (RFC 9309) and X-Robots-Tag, in bounded time and memory.
 
 The standard library's parser knows no wildcards and lets the first rule win, so it would fetch
 what `Disallow: /*.jpg$` forbids.
 """
 
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from urllib.parse import unquote
 
 NO_USE = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 
+MOST_RULES = 5_000  # of one robots.txt that count for us; the longest known have some thousand
+KEPT_CHARACTERS = 8_000_000  # of all the rules that a cache keeps
+
 Rules = list[tuple[str, bool]]  # pattern, allowed
+_LINE = re.compile(
+    r"^[ \t]*(user-agent|allow|disallow)[ \t]*:([^#\n]*)", re.IGNORECASE | re.MULTILINE
+)
+
+
+class TooManyRules(ValueError):
+    """More rules than are checked for every path."""
 
 
 def robots_rules(text: str, names: Iterable[str]) -> Rules:
     """The rules of a robots.txt for a robot of these (lower-case) names.
 
-    All groups that name it count together; where none does, those for `*`.
+    All groups that name it count together; where none does, those for `*`. Linear in the text.
+    Raises TooManyRules beyond MOST_RULES.
     """
+    names = frozenset(names)
     ours: Rules = []
     everyone: Rules = []
-    found_us, agents, in_rules = False, set(), False
-    for line in text.lstrip("\ufeff").splitlines():
-        key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
-        key = key.lower()
+    found_us = for_us = for_all = in_rules = False
+    for line in _LINE.finditer(text.lstrip("\ufeff").replace("\r", "\n")):
+        key, value = line[1].lower(), line[2].strip()
         if key == "user-agent":
-            agents = {value.lower()} if in_rules else agents | {value.lower()}
-            in_rules = False
-            found_us |= not agents.isdisjoint(names)
-        elif key in ("allow", "disallow"):
-            in_rules = True
-            rule = [(unquote(value), key == "allow")] if value else []
-            ours += rule if not agents.isdisjoint(names) else []
-            everyone += rule if "*" in agents else []
+            if in_rules:
+                for_us = for_all = in_rules = False
+            for_us |= value.lower() in names
+            for_all |= value == "*"
+            found_us |= for_us
+            continue
+        in_rules = True
+        rule = [(unquote(value), key == "allow")] if value else []
+        ours += rule if for_us else []
+        everyone += rule if for_all else []
+        if max(len(ours), len(everyone)) > MOST_RULES:
+            raise TooManyRules(f"more than {MOST_RULES} rules")
     return ours if found_us else everyone
+
+
+class RobotsCache:
+    """What is known of origins; the least recently asked ones are forgotten. Thread-safe."""
+
+    def __init__(self, characters: int = KEPT_CHARACTERS):
+        self.most, self.held = characters, 0
+        self.entries: OrderedDict[str, tuple[object, int]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, origin: str):
+        """What was put there, or None."""
+        with self.lock:
+            if origin not in self.entries:
+                return None
+            self.entries.move_to_end(origin)
+            return self.entries[origin][0]
+
+    def put(self, origin: str, known: object) -> None:
+        size = 300 + len(origin)  # of an entry without rules
+        if isinstance(known, list):
+            size += sum(100 + len(pattern) for pattern, _ in known)
+        with self.lock:
+            self.held += size - self.entries.pop(origin, (None, 0))[1]
+            self.entries[origin] = known, size
+            while self.held > self.most and len(self.entries) > 1:
+                _, (_, freed) = self.entries.popitem(last=False)
+                self.held -= freed
 
 
 def forbidden_by_rule(rules: Rules, path: str) -> str | None:
@@ -41,7 +87,8 @@ def forbidden_by_rule(rules: Rules, path: str) -> str | None:
 
     The longest pattern that matches decides; allow wins a tie.
     """
-    matching = [(len(p), allowed, p) for p, allowed in rules if _matches(p, unquote(path))]
+    path = unquote(path)
+    matching = [(len(p), allowed, p) for p, allowed in rules if _matches(p, path)]
     _, allowed, pattern = max(matching, default=(0, True, ""))
     return None if allowed else pattern
 
