@@ -211,7 +211,7 @@ def test_a_run_that_is_ended_in_the_middle_goes_on_to_the_same_bytes(world, site
     try:
         process = started(tmp_path, rows, root)
         store = tmp_path / "data/.store/images"
-        assert web.wait_until(lambda: len(list(store.glob("*.parquet"))) == 1, 90)
+        assert web.wait_until(lambda: len(list(store.glob("*.parquet"))) == 1, 300)
         os.kill(process.pid, how)
         _, errors = process.communicate(timeout=60)
     finally:
