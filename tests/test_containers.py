@@ -168,3 +168,17 @@ def test_a_url_that_leads_inside_a_file_is_confined_and_bounded(url, status, tmp
     with pytest.raises(FetchError) as caught:
         read_local(url, root, LIMIT)
     assert caught.value.status == status
+
+
+def test_damaged_or_differing_parquet_with_images_is_named(tmp_path):
+    hugging_face(tmp_path / "hf")
+    image = {"bytes": PHOTOS[0], "path": None}
+    pq.write_table(pa.table({"image": [image]}), tmp_path / "hf/train-00001.parquet")
+    with pytest.raises(PipelineError, match=r"hf cannot be read as a collection.*columns differ"):
+        rows(tmp_path / "hf", tmp_path)
+
+
+def test_a_record_that_is_nested_without_end_costs_itself(tmp_path):
+    write_tar(tmp_path / "1.tar", {"a.jpg": PHOTOS[0], "a.json": b"[" * 100_000})
+    (row,) = rows(tmp_path / "1.tar", tmp_path)
+    assert row["captions"] == []

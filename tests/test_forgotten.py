@@ -1,8 +1,10 @@
 """A forgotten image is found wherever data/ still holds a part of it, and nowhere else."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import seeing
 import worlds
@@ -10,6 +12,8 @@ import worlds
 from pipeline.data import shards
 from pipeline.fetch.forget import Forgotten, image_id, read_forgotten
 from pipeline.verify.forgotten import elsewhere, forgotten_findings
+from stages.download import download
+from stages.teacher_embed import teacher_embed
 
 URL = "http://example.org/somebody.jpg"
 KEY = image_id(URL)
@@ -96,3 +100,34 @@ def test_dvcs_cache_and_each_remote_are_named_with_their_commands(tmp_path):
     said = elsewhere(tmp_path)
     assert "dvc gc --workspace" in said[0]
     assert said[1].endswith("dvc gc --workspace --cloud --remote backup")
+
+
+def test_after_forgetting_no_file_of_data_holds_bytes_vector_or_caption(small_world, tmp_path):
+    """Through download and teacher_embed, whose stores and outs lie in data/."""
+    data = shutil.copytree(small_world.data, tmp_path / "data")
+    url = "file:7.jpg"
+    name = image_id(url)
+    image = row_of(data / "images", name)
+    vector = row_of(data / "teacher/images", name)["embedding"]
+    raw = np.array(vector, np.float16).tobytes()
+    before = [path.read_bytes() for path in data.rglob("*.parquet")]
+    assert any(image["jpg"] in held for held in before) and any(raw in held for held in before)
+    forget = tmp_path / "forget.txt"
+    forget.write_text(url)
+    config = worlds.download_config(small_world.manifest, small_world.root, forget=str(forget))
+    counts = download(config, data, processes=1, threads=2)
+    assert counts["forgotten"] == 1
+    teacher = worlds.teacher_config(small_world.card, small_world.prompts)
+    teacher_embed(teacher, data, device="cpu", workers=1)
+    after = [path.read_bytes() for path in data.rglob("*") if path.is_file()]
+    for secret in (image["jpg"], raw):
+        assert not any(secret in held for held in after)
+    assert forgotten_findings(data, read_forgotten(forget)) == []
+    assert row_of(data / "images", name)["caption"] is None
+
+
+def row_of(folder: Path, key: str) -> dict:
+    rows = [
+        row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+    return next(row for row in rows if row["image_id"] == key)

@@ -48,7 +48,13 @@ def list_contained(manifest: Path, root: Path, out: Path) -> Path:
         tables = (table for path in files for table in _tables_of_parquet(path, images, root))
     else:
         return manifest
-    _write(tables, out)
+    try:
+        _write(tables, out)
+    except (pa.ArrowException, IndexError, KeyError) as error:
+        raise PipelineError(
+            f"{manifest} cannot be read as a collection of images: {error}. Its Parquet files are "
+            "damaged, or their columns differ."
+        ) from None
     return out
 
 
@@ -138,7 +144,7 @@ def _finished(sample: dict) -> Iterator[dict]:
     row: dict[str, str | None] = {"url": sample["url"]}
     try:
         record = json.loads(sample.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):  # such a record costs itself
         record = {}
     record = record if isinstance(record, dict) else {}
     for name in DETAILS:
