@@ -138,7 +138,7 @@ def test_the_teacher_never_sees_the_scenes_that_are_held_out(world):
 def test_a_word_keeps_its_vector_in_the_full_vocabulary():
     torch.manual_seed(0)
     words = torch.tensor([0, 320, 736, 49406, 49407])
-    small = train_teacher.CLIP(**train_teacher.model_config(SIZE, len(words))).eval()
+    small = open_clip.CLIP(**train_teacher.model_config(SIZE, len(words))).eval()
     full = train_teacher.with_full_vocabulary(small, words)
     text = torch.tensor([[49406, 320, 736, 49407] + [0] * (train_teacher.CONTEXT - 4)])
     torch.testing.assert_close(
@@ -165,7 +165,7 @@ def test_open_clip_opens_the_teacher_with_its_weights(world, tmp_path):
 
 
 def test_the_teachers_card_names_the_bytes_of_its_weights(tmp_path):
-    model = train_teacher.CLIP(**train_teacher.model_config(SIZE))
+    model = open_clip.CLIP(**train_teacher.model_config(SIZE))
     train_teacher.save(model, tmp_path)
     card = yaml.safe_load((tmp_path / "card.yaml").read_text())
     weights = (tmp_path / train_teacher.WEIGHTS).read_bytes()
