@@ -69,6 +69,9 @@ def _fail(message: str) -> None:
 @app.command(rich_help_panel=FILES)
 def init(
     preset: Annotated[str, typer.Argument(help="demo or clip-vit-b32.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="Name of a card in manifests/teachers, for clip-vit-b32.")
+    ] = None,
     params: Params = PARAMS,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
@@ -77,10 +80,13 @@ def init(
     `demo` is the world that is drawn here; `clip-vit-b32` is OpenAI's CLIP, your manifest and the
     published student.
     """
-    from pipeline.core.presets import write_preset
+    from pipeline.core.presets import next_step, write_preset
 
-    write_preset(preset, params, force)
-    say(f"{params} written. Next: `dvc repro`.")
+    if teacher and preset == "demo":
+        raise PipelineError("the demo trains its own teacher. Use `pipeline init clip-vit-b32`.")
+    settings, terms = _of_teacher(teacher) if teacher else ({}, "")
+    write_preset(preset, params, force, settings)
+    say(f"{params} written.{terms} Next: {next_step(params)}")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -189,11 +195,11 @@ def evaluate(
 ) -> None:
     """Measure the student on the held-out split into data/evaluation, with floors and ceilings."""
     from pipeline.core.config import load_section
-    from pipeline.explore.metrics_table import figures_table
+    from pipeline.explore.metrics_table import metrics_text
     from stages.evaluate import evaluate as run
 
     figures = run(load_section(params, "evaluate"), data, device=device, workers=workers)
-    say(figures_table(figures))
+    say(metrics_text(figures))
     say(f"evaluate: written to {data / 'evaluation'}")
 
 
@@ -240,7 +246,9 @@ def search(
 
 @app.command(rich_help_panel=LOOK)
 def look(
-    image: Annotated[Path, typer.Argument(help="Image file.")],
+    image: Annotated[
+        str, typer.Argument(help="Image file, or an image_id or url as `search` prints it.")
+    ],
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts, a map each.")] = None,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("look.png"),
     segment: Annotated[
@@ -354,16 +362,30 @@ def serve(
 
 @app.command(rich_help_panel=FILES)
 def export(
-    out: Annotated[Path, typer.Argument(help="ONNX file to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; a file with --format onnx.")],
+    format: Annotated[
+        str, typer.Option(help="folder: both towers; onnx: the student alone, as one file.")
+    ] = "folder",
+    int8: Annotated[bool, typer.Option("--int8", help="A quarter of the bytes.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half the bytes.")] = False,
+    card: Card = None,
+    params: Params = PARAMS,
     data: Data = DATA,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Also quantise, and print the loss.")
-    ] = False,
 ) -> None:
-    """Write the student as ONNX, checked against onnxruntime before it is called written."""
+    """Write image tower, text tower, tokenizer, vectors and a model card, for use without this
+    project; every file is checked against PyTorch before it is called written."""
+    from pipeline.explore.model_folder import export_folder
     from pipeline.models.export import export_student
 
-    say(export_student(data / "student", out, int8=int8))
+    if format not in ("folder", "onnx"):
+        raise PipelineError(f"--format {format}: there are folder, onnx.")
+    if fp16 and (int8 or format == "onnx"):
+        raise PipelineError("--int8 or --fp16: one of the two; --fp16 for --format folder alone.")
+    if format == "onnx":
+        say(export_student(data / "student", out, int8=int8))
+    else:
+        weights = "int8" if int8 else "float16" if fp16 else "float32"
+        say(export_folder(data, out, _card(card, params), weights))
 
 
 _PART_DONE = "{0}: part {1}/{2} is done. After all parts, run `pipeline {0}`."
@@ -383,6 +405,17 @@ def _card(card: Path | None, params: Path) -> Path | None:
     if card is None and params.is_file():
         return Path(load_section(params, "teacher_embed").card)
     return card
+
+
+def _of_teacher(name: str) -> tuple[dict[str, str | int], str]:
+    """What params.yaml must say for a teacher, and a sentence on its licence."""
+    from pipeline.models.card import read_card
+    from pipeline.models.stated_preprocessing import student_settings
+
+    path = Path("manifests/teachers") / f"{name}.yaml"
+    card = read_card(path)
+    license = card.license or "not recorded: look it up"
+    return student_settings(card, path), f" Licence of {name}'s weights: {license}."
 
 
 def _report(stage: str, counts: dict, out: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.core.errors import PipelineError
 from pipeline.core.terminal import say
 
 imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
@@ -13,16 +14,34 @@ imports = typer.Typer(no_args_is_help=True, help="Bring in what others made.")
 @imports.command("folder")
 def import_folder(
     folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders become labels.")],
-    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")],
+    out: Annotated[Path, typer.Option(help="Manifest to write (.csv or .parquet).")] = Path(
+        "manifests/images.csv"
+    ),
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with the columns file and label, caption or license.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing manifest.")] = False,
+    params: Annotated[Path, typer.Option("--params", help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
-    """Write a manifest of local images. Set download.manifest to it, download.root to the folder."""
+    """Write a manifest of local images, and set params.yaml to it and to their number."""
+    from pipeline.core.presets.settings import set_values, values_for
     from pipeline.fetch.folder import write_folder_manifest
 
-    count = write_folder_manifest(folder, out)
-    say(
-        f"{out}: {count} images. In params.yaml set download.manifest: {out} and "
-        f"download.root: {folder}"
-    )
+    if not params.is_file():
+        raise PipelineError(f"no {params}. Run `pipeline init clip-vit-b32` first.")
+    if "manifests/demo/" in params.read_text(encoding="utf-8"):
+        raise PipelineError(
+            f"{params} is the demo's, whose teacher knows drawn shapes alone. Run "
+            "`pipeline init clip-vit-b32 --force` first."
+        )
+    count = write_folder_manifest(folder, out, labels, force=force)
+    values = {"download.manifest": str(out), "download.root": str(folder.resolve())}
+    values |= values_for(count)
+    set_values(params, values)
+    say(f"{out}: {count} images. {params} now says:")
+    for name, value in values.items():
+        say(f"  {name}: {value}")
+    say("Next: `dvc repro`, or stage by stage: `pipeline download`.")
 
 
 @imports.command("voc")

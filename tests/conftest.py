@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import worlds
+from finished import finished_world  # noqa: F401  (a fixture)
 
 # A background shell starts its jobs with SIGINT ignored, and so would be every process that a test
 # starts and then interrupts.

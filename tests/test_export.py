@@ -14,7 +14,14 @@ import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Preprocessing
-from pipeline.models.export import export_onnx, export_student, quantise_onnx, stored_pixels
+from pipeline.models.export import (
+    export_onnx,
+    export_student,
+    neighbour_overlap,
+    quantise_onnx,
+    stored_pixels,
+)
+from pipeline.models.onnx_files import run_onnx
 from pipeline.models.student import Outputs
 
 onnx = pytest.importorskip("onnx")
@@ -67,13 +74,25 @@ def test_without_the_optional_packages_the_error_says_what_to_install(tmp_path, 
         export_onnx(small_student(), tmp_path / "s.onnx")
 
 
-def test_quantised_student_is_smaller_and_close(tmp_path):
+def test_quantised_student_is_smaller_and_close(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.models.export.LEAST_OVERLAP", 0.0)  # noise has no neighbours
     student = small_student(embedding_size=96, heads=6)
     export_onnx(student, tmp_path / "s.onnx")
-    pixels = torch.randn(4, 3, 32, 32).numpy()
-    cosine = quantise_onnx(tmp_path / "s.onnx", tmp_path / "q.onnx", pixels)
-    assert 0.98 < cosine <= 1 + 1e-6
+    pixels = torch.randn(14, 3, 32, 32).numpy()
+    overlap = quantise_onnx(tmp_path / "s.onnx", tmp_path / "q.onnx", pixels)
+    exact, small = (run_onnx(tmp_path / name, pixels)[0] for name in ("s.onnx", "q.onnx"))
+    assert overlap == neighbour_overlap(exact, small)
+    cosine = torch.nn.functional.cosine_similarity(torch.tensor(exact), torch.tensor(small))
+    assert 0.98 < cosine.mean() <= 1 + 1e-6
     assert (tmp_path / "q.onnx").stat().st_size < 0.5 * (tmp_path / "s.onnx").stat().st_size
+
+
+def test_a_quantised_student_that_ranks_otherwise_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.models.export.LEAST_OVERLAP", 1.01)
+    export_onnx(small_student(), tmp_path / "s.onnx")
+    with pytest.raises(PipelineError, match="ranks otherwise"):
+        quantise_onnx(tmp_path / "s.onnx", tmp_path / "q.onnx", np.zeros((2, 3, 32, 32), "f"))
+    assert [path.name for path in tmp_path.iterdir()] == ["s.onnx"]
 
 
 def test_quantising_something_else_is_refused(tmp_path):
@@ -94,7 +113,7 @@ def test_command_writes_both_files_and_reports_both_figures(tmp_path):
     write_images(tmp_path / "images", [grey, None, b"damaged"])
     report = export_student(tmp_path / "student", tmp_path / "s.onnx", int8=True)
     assert (tmp_path / "s.onnx").is_file() and (tmp_path / "s.int8.onnx").is_file()
-    assert "within" in report and "cosine" in report
+    assert "within" in report and "overlap@10" in report
 
 
 def test_stored_pixels_are_the_good_images_as_the_student_wants_them(tmp_path):

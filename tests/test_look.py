@@ -296,3 +296,18 @@ def test_prompts_to_paint_must_be_some_and_known(queries, photo, data):
         segment_image(queries, photo, [], 32, None)
     with pytest.raises(PipelineError, match="none of the prompts has a vector"):
         segment_image(Queries(data), photo, ["never embedded"], 32, None)
+
+
+def test_an_image_of_the_collection_is_looked_at_by_its_id_or_url(finished_world):
+    from pipeline.data import database
+    from pipeline.data.pixels import decode
+    from pipeline.explore.query_vectors import stored_image
+
+    connection = database.connect(finished_world)
+    image_id, url, jpg = connection.execute(
+        "SELECT image_id, url, jpg FROM images WHERE status = 'ok' ORDER BY image_id LIMIT 1"
+    ).fetchone()
+    for named in (image_id, url):
+        assert (stored_image(finished_world, named) == decode(jpg)).all()
+    with pytest.raises(PipelineError, match=r"nothing\.jpg: no such file, and no image"):
+        look(Queries(finished_world), "nothing.jpg", [])

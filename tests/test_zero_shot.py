@@ -12,7 +12,7 @@ import worlds
 from pipeline.core.provenance import read_stamp
 from pipeline.data import database, shards
 from pipeline.evaluation.zero_shot import zero_shot_figures
-from pipeline.explore.metrics_table import figures_table
+from pipeline.explore.metrics_table import metrics_text
 
 TEMPLATES = ["a {}", "a photo of a {}"]
 FRUIT, BREAD = np.eye(3, dtype=np.float16)[:2]
@@ -73,7 +73,7 @@ def test_a_class_without_a_stored_prompt_is_named(tmp_path, templates):
     found = zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), templates)
     assert found.keys() == {"left_out"}
     assert "labels have no stored class prompt, such as 'bread'" in found["left_out"]
-    table = figures_table({"zero_shot": found})
+    table = metrics_text({"zero_shot": found})
     assert table.splitlines()[-1].startswith("left out: zero_shot") and "'bread'" in table
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
 from pipeline.explore import plots
-from pipeline.explore.query_vectors import Queries, read_image
+from pipeline.explore.query_vectors import Queries, read_image, stored_image
 from pipeline.explore.search import Query
 from pipeline.models.patches import (
     PatchView,
@@ -39,16 +39,18 @@ class Look:
     notes: list[str]  # what is left out, and why
 
 
-def look(queries: Queries, file: Path, prompts: list[str]) -> Look:
-    """What student and teacher make of an image file and some texts.
+def look(queries: Queries, named: Path | str, prompts: list[str]) -> Look:
+    """What student and teacher make of an image and some texts.
 
+    named: an image file, or an image_id or url of the collection, as `pipeline search` prints them.
     A prompt that can be embedded neither from store nor by the teacher is left out with a note.
     Raises PipelineError: no student yet, a file that is no usable image, too many prompts.
     """
     if len(prompts) > MOST:
         raise PipelineError(f"{len(prompts)} prompts: at most {MOST} fit into one picture.")
     student, asked, notes, teacher = queries.student, [], [], None
-    image = read_image(queries.data, file)
+    file = Path(named)
+    image = read_image(queries.data, file) if file.exists() else stored_image(queries.data, named)
     for prompt in prompts:
         try:
             asked.append(queries.text(prompt))

@@ -1,36 +1,53 @@
-"""The figures of an evaluation as a table for people."""
+"""The metrics of an evaluation that matter, in words, as a table for people."""
+
+from typing import NamedTuple
 
 from pipeline.core.terminal import table
 
-GROUPS = (
-    "near_training",
-    "fidelity",
-    "student_to_teacher",
-    "text_to_image",
-    "box_search",
-    "pointing",
-    "zero_shot",
-    "segmentation",
-)
+WORDS = {  # group and name of a metric -> what it says, in the order in which people ask
+    ("fidelity", "cosine"): "cosine to the teacher's vector of the same image",
+    ("text_to_image", "R@1"): "a caption finds its own image first",
+    ("text_to_image", "R@10"): "a caption finds its own image among ten",
+    ("text_to_image", "overlap@10"): "best ten images of a text, shared with the teacher",
+    ("box_search", "precision@8"): "best eight images of a named thing that hold it",
+    ("box_search", "worst_precision@8"): "the same, of the thing that is found worst",
+    ("zero_shot", "accuracy"): "the right label, from its name alone",
+    ("pointing", "pointing"): "the patch that answers best to a text lies in its box",
+    ("segmentation", "mean_iou"): "a text's patches against its mask (IoU)",
+}
+GROUPS = list(dict.fromkeys(group for group, _ in WORDS))
+COLUMNS = ("on held-out images", "student", "95 % interval", "floor", "ceiling")
 
 
-def figures_table(figures: dict) -> str:
-    """One line a figure: value, 95 % interval, floor, ceiling; then what is left out, and why."""
-    names, rows = ("figure", "student", "95 % interval", "floor", "ceiling"), []
-    for group in GROUPS:
-        for name, figure in figures.get(group, {}).items():
-            if isinstance(figure, dict):
-                interval = f"{figure['low']:.3f} - {figure['high']:.3f}"
-                ends = (f"{figure[e]:.3f}" if e in figure else "" for e in ("floor", "ceiling"))
-                title = name if name.startswith(group) else f"{group} {name}"
-                rows.append((title, f"{figure['value']:.3f}", interval, *ends))
-                if "centre" in figure:
-                    centre = f"{figure['centre']:.3f}"
-                    rows.append((f"{title}, always the centre", centre, "", "", ""))
+class Headline(NamedTuple):
+    """One metric as people read it; a floor or ceiling that does not exist is empty."""
+
+    words: str
+    value: str
+    interval: str
+    floor: str
+    ceiling: str
+
+
+def headlines(metrics: dict) -> list[Headline]:
+    """The metrics of `pipeline evaluate` that matter most; those that were not measured are out."""
+    rows = []
+    for (group, name), words in WORDS.items():
+        metric = metrics.get(group, {}).get(name)
+        if isinstance(metric, dict):
+            interval = f"{metric['low']:.3f} - {metric['high']:.3f}"
+            ends = (metric.get(end) for end in ("floor", "ceiling"))
+            floor, ceiling = ("" if end is None else f"{end:.3f}" for end in ends)
+            rows.append(Headline(words, f"{metric['value']:.3f}", interval, floor, ceiling))
+    return rows
+
+
+def metrics_text(metrics: dict) -> str:
+    """The headlines as lines of at most 100 characters; then what is left out, and why."""
     left_out = [
         f"left out: {' '.join([group, *key.split('_')[:-2]])}, for {reason}"
         for group in GROUPS
-        for key, reason in figures.get(group, {}).items()
+        for key, reason in metrics.get(group, {}).items()
         if key.endswith("left_out")
     ]
-    return "\n".join([table(names, rows), *left_out])
+    return "\n".join([table(COLUMNS, headlines(metrics)), *left_out])

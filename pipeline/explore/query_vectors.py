@@ -170,6 +170,20 @@ def read_image(data: Path, file: Path) -> np.ndarray:
         ) from None
 
 
+def stored_image(data: Path, named: Path | str) -> np.ndarray:
+    """An image of the collection by its image_id or url: (h, w, 3) uint8.
+
+    Raises PipelineError where there is none.
+    """
+    found = database.connect(data).execute(STORED_IMAGE, [str(named), str(named)]).fetchone()
+    if found is None:
+        raise PipelineError(
+            f"{named}: no such file, and no image of the collection has it for an image_id or url. "
+            "`pipeline search TEXT` prints both."
+        )
+    return decode(found[0])
+
+
 def _short(text: str) -> str:
     """A query's text as its title: one line."""
     line = " ".join(text.split())
@@ -179,4 +193,7 @@ def _short(text: str) -> str:
 STORED = """
 SELECT DISTINCT text FROM (SELECT text FROM texts ORDER BY image_id NULLS FIRST, text LIMIT 5000)
 ORDER BY text
+"""
+STORED_IMAGE = """
+SELECT jpg FROM images WHERE status = 'ok' AND (image_id = ? OR url = ?) ORDER BY image_id LIMIT 1
 """

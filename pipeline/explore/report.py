@@ -22,6 +22,8 @@ from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
 from pipeline.explore import panels, plots, report_charts
+from pipeline.explore.licenses import licenses
+from pipeline.explore.metrics_table import headlines
 from pipeline.explore.search import Collection, Hits, Query
 from pipeline.explore.segmented_scenes import painted_scenes
 from pipeline.explore.throughput import finished_runs, throughput
@@ -86,6 +88,7 @@ def write_report(
     values = {
         "found": found,
         "summary": _summary(found, student),
+        "headlines": headlines(found),
         "made": _made(data, student),
         "counts": _counts(data),
         "quality": _quality(found),
@@ -143,12 +146,19 @@ def _made(data: Path, student: Student) -> dict[str, dict]:
     parameters = stamps["student"].recipe.parameters
     training = {name: value for name, value in parameters.items() if name != "student"}
     return {
-        "Teacher": _flat(card.teacher or {}) | {"licence": card.license or "not recorded"},
-        "Student": student.config.model_dump(),
-        "Training": _flat(training),
+        "Teacher": _in_words(_flat(card.teacher or {})),
+        "Student": _in_words(student.config.model_dump())
+        | {"licence": card.license or "not recorded"},
+        "Training": _in_words(_flat(training)),
         "Stamps of the stages": {folder: stamp.stamp for folder, stamp in stamps.items()},
         "Libraries at training": card.provenance.get("libraries", {}),
     }
+
+
+def _in_words(values: dict) -> dict:
+    """Names as people read them: what stands in what, without underscores."""
+    names = (" \u203a ".join(name.split(".")).replace("_", " ") for name in values)
+    return dict(zip(names, values.values(), strict=True))
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -173,6 +183,7 @@ def _counts(data: Path) -> dict:
         "statuses": [(s, n, f"{n / total:.2%}", error or "") for s, n, error in statuses],
         "splits": splits,
         "embedded": [*embedded, *texts],
+        "licenses": licenses(data),
     }
 
 

@@ -43,7 +43,7 @@ class Hit:
     rank: int  # from 1
     score: float
     image_id: str
-    caption: str | None
+    caption: str | None  # or the label, where there is none
     url: str
     jpg: bytes | None = field(repr=False)  # of the first DRAWN hits at least
 
@@ -170,7 +170,8 @@ def search_figure(hits: Hits, out: Path) -> None:
 
 # A join with the ids would decode twice as much as a list that the reader can test row by row.
 FACTS = """
-SELECT image_id, caption, url, CASE WHEN list_contains(?::VARCHAR[], image_id) THEN jpg END
+SELECT image_id, coalesce(nullif(trim(caption), ''), label), url,
+       CASE WHEN list_contains(?::VARCHAR[], image_id) THEN jpg END
 FROM images
 WHERE status = 'ok' AND list_contains(?::VARCHAR[], image_id)
 """

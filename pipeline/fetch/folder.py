@@ -16,39 +16,78 @@ MOST_BYTES = 1 << 20  # of a caption
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def write_folder_manifest(folder: Path, out: Path) -> int:
+COLUMNS = ("caption", "label", "license")  # of a file of labels, beside `file`
+
+
+def write_folder_manifest(
+    folder: Path, out: Path, labels: Path | None = None, *, force: bool = False
+) -> int:
     """One row per image file below folder, sorted by path; returns how many.
 
     A file's label is the subfolder it lies in (null at the top), its caption the text file of the
-    same name beside it, where there is one. Raises PipelineError: no folder, no images, a name or
-    caption that is not UTF-8, a caption that is a link out of the folder or longer than MOST_BYTES,
-    a manifest of another kind or in the way.
+    same name beside it, where there is one. labels: a CSV whose column `file` names files below
+    folder, and whose other columns (COLUMNS) say what they show instead. Raises PipelineError: no
+    folder, no images, a name or caption that is not UTF-8, a caption that is a link out of the
+    folder or longer than MOST_BYTES, labels of files that are not there, a manifest of another
+    kind, or one in the way without force.
     """
     if not folder.is_dir():
         raise PipelineError(f"{folder} is no folder.")
-    _check(out)
+    _check(out, force)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise PipelineError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}).")
-    rows = [_row(path, folder) for path in files]
-    write_manifest(rows, out)
+    given = _given(labels, files, folder) if labels else {}
+    rows = [
+        _row(path, folder) | given.get(path.relative_to(folder).as_posix(), {}) for path in files
+    ]
+    if labels:
+        names = dict.fromkeys(name for row in rows for name in row)
+        rows = [{name: row.get(name) for name in names} for row in rows]
+    write_manifest(rows, out, force=force)
     return len(rows)
 
 
-def write_manifest(rows: list[dict], out: Path) -> None:
+def write_manifest(rows: list[dict], out: Path, *, force: bool = False) -> None:
     """Rows of texts, of which the first names all columns, as CSV or Parquet.
 
     Raises PipelineError for another kind, and where a file is in the way.
     """
-    _check(out)
+    _check(out, force)
     write_file(out, lambda partial: _write(rows, out.suffix, partial))
 
 
-def _check(out: Path) -> None:
+def _check(out: Path, force: bool) -> None:
     if out.suffix not in (".csv", ".parquet"):
         raise PipelineError(f"{out}: name a manifest .csv or .parquet.")
-    if out.exists():
-        raise PipelineError(f"{out} exists. Remove it, or name another --out.")
+    if out.exists() and not force:
+        raise PipelineError(f"{out} exists. Remove it, add --force, or name another --out.")
+
+
+def _given(labels: Path, files: list[Path], folder: Path) -> dict[str, dict]:
+    """File below the folder -> what the file of labels says of it."""
+    try:
+        with labels.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PipelineError(f"{labels} cannot be read: {error}. Expected a CSV file.") from None
+    columns = rows[0].keys() if rows else []
+    if "file" not in columns or not set(columns) & set(COLUMNS):
+        raise PipelineError(
+            f"{labels} has the columns {', '.join(map(str, columns)) or 'none'}; expected `file` "
+            f"and {', '.join(COLUMNS)}: one of these at least."
+        )
+    given = {
+        row["file"]: {name: row[name] or None for name in COLUMNS if name in columns}
+        for row in rows
+    }
+    known = {path.relative_to(folder).as_posix() for path in files}
+    if absent := [name for name in given if name not in known]:
+        raise PipelineError(
+            f"{labels} names {len(absent)} of {len(given)} files that are not in {folder}, such as "
+            f"{absent[0]}. Paths are relative to that folder."
+        )
+    return given
 
 
 def _row(path: Path, folder: Path) -> dict:

@@ -13,6 +13,7 @@ The card is what DVC and every stamp depend on. It vouches for every file that i
       source: ...                   who computed the vectors, from what
       texts: {"a zebra": [...]}     a text -> its complete unit vector, rounded; at least one
       image: null                   the vector of `golden.test_pattern`; null where nobody has it
+    license: MIT                    of the weights; it stands in the model card of an export
 
 `pipeline import teacher MODEL --out CARD` writes one from weights, and completes one that has neither
 digest nor image vector. A tag's tokenizer and configuration are open_clip's own, in its package.
@@ -45,12 +46,13 @@ class TeacherCard(NamedTeacher):
 
     config_sha256: str | None
     golden: Golden | None
+    license: str | None = None  # of the weights, as far as it is known
 
     def named(self) -> NamedTeacher:
         """Without what only recognises a teacher and changes none of its vectors: a tag names its
         weights whether their digest is known or not.
         """
-        values = self.model_dump(exclude={"golden", "config_sha256"})
+        values = self.model_dump(exclude={"golden", "config_sha256", "license"})
         local = self.model.startswith(LOCAL) or (self.pretrained or "").endswith(CHECKPOINTS)
         return NamedTeacher(**values | {"sha256": self.sha256 if local else None})
 

@@ -28,6 +28,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import file_digest, write_file, write_json
 from pipeline.core.records import Digest, Preprocessing, Record
 from pipeline.models.blocks import Transformer, neighbourhood_mask
+from pipeline.models.hub import student_folder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 2  # of config.json
@@ -266,12 +267,13 @@ class Student(nn.Module):
         write_json(folder / CONFIG, card.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Student":
-        """The student that `save` wrote, on the CPU, in evaluation mode.
+    def load(cls, source: Path | str) -> "Student":
+        """The student that `save` or `pipeline export` wrote, on the CPU, in evaluation mode.
 
-        Raises PipelineError where a file is missing, does not fit the other or is damaged.
+        source: its folder, or its name `user/name` on the Hugging Face Hub. Raises PipelineError
+        where a file is missing, does not fit the other or is damaged.
         """
-        folder = Path(folder)
+        folder = student_folder(source)
         card = read_card(folder)
         student = cls(card.student, card.preprocessing)
         try:

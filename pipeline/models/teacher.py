@@ -52,7 +52,7 @@ class Teacher:
         self.device, self.dtype = device, torch.float32
         check_weights(self.card, card_path)
         self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
-        self.tokenize = open_clip.get_tokenizer(_model_name(self.card, card_path))
+        self.tokenize = _tokenizer(self.card, card_path)
         self.preprocessing = preprocessing_of(self.model.visual.preprocess_cfg, card_path)
         if check_activation:  # not while a card is being written
             self._check_activation(card_path)
@@ -194,6 +194,22 @@ def tag_file(card: TeacherCard) -> Path:
     return Path(
         open_clip.download_pretrained(open_clip.get_pretrained_cfg(card.model, card.pretrained))
     )
+
+
+def _tokenizer(card: TeacherCard, path: Path):
+    try:
+        return open_clip.get_tokenizer(_model_name(card, path))
+    except ImportError as error:
+        raise PipelineError(
+            f"{path}: the tokenizer of {card.model} needs the package {error.name}. Run "
+            '`pip install "extrahead[siglip]"` first.'
+        ) from None
+    except OSError as error:  # of transformers: no network and nothing in its cache
+        reason = " ".join(str(error).split())[:200]
+        raise PipelineError(
+            f"{path}: the tokenizer of {card.model} cannot be fetched: {reason}. With a network "
+            "once, it stays in the cache of the Hugging Face Hub."
+        ) from None
 
 
 def _load(card: TeacherCard, path: Path) -> torch.nn.Module:

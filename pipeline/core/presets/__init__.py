@@ -4,14 +4,20 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from pipeline.core.config import load_section
 from pipeline.core.errors import PipelineError
+from pipeline.core.presets.settings import Value, with_values
 from pipeline.core.provenance import write_file
 
 PRESETS = ("demo", "clip-vit-b32")
 
 
-def write_preset(preset: str, path: Path, force: bool) -> None:
+def write_preset(
+    preset: str, path: Path, force: bool, settings: dict[str, Value] | None = None
+) -> None:
     """Write a preset to path; its dtypes are those that the hardware here is fast at.
+
+    settings: `section.key` -> what it says in place of the preset's value.
 
     The demo's are float32 on any machine, so that its figures can be compared. Raises
     PipelineError for an unknown preset, or a file in the way.
@@ -23,7 +29,15 @@ def write_preset(preset: str, path: Path, force: bool) -> None:
     text = (files(__package__) / f"{preset}.yaml").read_text()
     if preset != "demo":
         text = re.sub(r"(?m)^(  (?:dtype|precision): )\w+", rf"\g<1>{_fast_dtype()}", text)
-    write_file(path, lambda partial: partial.write_text(text))
+    write_file(path, lambda partial: partial.write_text(with_values(text, settings or {}, path)))
+
+
+def next_step(path: Path) -> str:
+    """What to run after a preset was written to path."""
+    manifest = Path(load_section(path, "download").manifest)
+    if manifest.is_file() or manifest.is_relative_to("manifests/demo"):
+        return "`dvc repro`."
+    return f"`pipeline import folder PHOTOS`, or write {manifest} yourself; then `dvc repro`."
 
 
 def _fast_dtype() -> str:
