@@ -30,9 +30,11 @@ DATA = "data"  # as the README names it
 
 def commands() -> set[str]:
     """Every command of the command line; those of a group as `import NAME`."""
-    root = get_command(app)
-    groups = {"import": root.commands["import"].commands}
-    return root.commands.keys() - groups.keys() | {f"import {n}" for n in groups["import"]}
+    found = set()
+    for name, command in get_command(app).commands.items():
+        inside = getattr(command, "commands", None)
+        found |= {f"{name} {n}" for n in inside} if inside else {name}
+    return found
 
 
 def shown() -> list[list[str]]:

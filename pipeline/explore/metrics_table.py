@@ -13,7 +13,7 @@ WORDS = {  # group and name of a metric -> what it says, in the order in which p
     ("box_search", "worst_precision@8"): "the same, of the thing that is found worst",
     ("zero_shot", "accuracy"): "the right label, from its name alone",
     ("pointing", "pointing"): "the patch that answers best to a text lies in its box",
-    ("segmentation", "mean_iou"): "a text's patches against its mask (IoU)",
+    ("segmentation", "mIoU"): "classes painted patch by patch, against their masks (mIoU)",
 }
 GROUPS = list(dict.fromkeys(group for group, _ in WORDS))
 COLUMNS = ("on held-out images", "student", "95 % interval", "floor", "ceiling")
