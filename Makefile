@@ -13,8 +13,11 @@ endif
 
 demo: $(BIN)/installed ## everything, on a small world that is drawn here: about five minutes on two cores
 	dvc repro
-	@dvc metrics show
-	@echo "Open data/evaluation/report.html in a browser; look closer with .venv/bin/pipeline serve"
+	@pipeline evaluate
+	@echo; echo "Try next (the report is data/evaluation/report.html):"
+	@echo '  .venv/bin/pipeline search "a red circle"'
+	@echo '  .venv/bin/pipeline look manifests/demo/world/images/01839.jpg "a blue ring" "a green triangle"'
+	@echo '  .venv/bin/pipeline export model'
 
 test: $(BIN)/installed ## offline, on the CPU
 	pytest

@@ -25,8 +25,8 @@ from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.explore.licenses import licenses
 from pipeline.explore.model_card import model_card
+from pipeline.explore.nearest import Sides, load_sides, nearest, unit
 from pipeline.explore.query_vectors import Queries
-from pipeline.explore.search import Collection, nearest
 from pipeline.models.card import read_card
 from pipeline.models.export import (
     NEIGHBOURS,
@@ -64,7 +64,8 @@ def export_folder(data: Path, out: Path, card: Path | None, weights: str = "floa
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PipelineError(f"{out} exists. Remove it, or name another folder.")
     require_inputs(data, "evaluate")
-    collection, queries, made = Collection(data), Queries(data, card), Exported(weights)
+    collection = load_sides(data, data / "evaluation/index")
+    queries, made = Queries(data, card), Exported(weights)
     work = out.with_name(f"{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -94,9 +95,7 @@ def _image_side(data: Path, student: Student, work: Path, made: Exported) -> Non
     made.lines.append(line)
 
 
-def _text_side(
-    data: Path, queries: Queries, collection: Collection, work: Path, made: Exported
-) -> None:
+def _text_side(data: Path, queries: Queries, collection: Sides, work: Path, made: Exported) -> None:
     if queries.teacher is None:
         made.no_text = queries.no_teacher
         made.lines.append(f"textual: left out, for the teacher is not here: {made.no_text}")
@@ -129,13 +128,13 @@ def _some_texts(data: Path) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in chosen))
 
 
-def _check_search(queries: Queries, collection: Collection, folder: Path, texts: list[str]) -> None:
+def _check_search(queries: Queries, collection: Sides, folder: Path, texts: list[str]) -> None:
     """The written files find what `pipeline search` finds; raises PipelineError where not."""
     for text, vector in zip(texts, embed_texts(folder, texts), strict=True):
         expected = queries.text(text).student
         rows, _ = nearest(collection.student, vector, NEIGHBOURS)
         _, scores = nearest(collection.student, expected, NEIGHBOURS)
-        if (collection.student[rows] @ expected < scores[-1] - TIE).any():
+        if (unit(collection.student[rows]) @ expected < scores[-1] - TIE).any():
             raise PipelineError(
                 f"the written towers find other images for {text!r} than `pipeline search`. "
                 "Nothing was written; run `pipeline verify --recompute 0.01`."
@@ -151,30 +150,27 @@ def _overlap(images: np.ndarray, exact: np.ndarray, small: np.ndarray) -> float:
     return common / (len(exact) * min(NEIGHBOURS, len(images)))
 
 
-def _index(data: Path, collection: Collection, folder: Path) -> None:
+def _index(data: Path, collection: Sides, folder: Path) -> None:
     """The collection by the student: row i of vectors.npy is line i of images.jsonl."""
     folder.mkdir()
     np.save(folder / "vectors.npy", collection.student.astype(np.float16))
-    position = {image_id: row for row, image_id in enumerate(collection.ids)}
     facts = database.connect(data).execute(FACTS)
+    names, written = [column[0] for column in facts.description], 0
     with (folder / "images.jsonl").open("w", encoding="utf-8") as file:
-        names, written = [column[0] for column in facts.description], 0
         while rows := facts.fetchmany(10_000):
-            for row in rows:
-                if row[0] in position:  # both are sorted by image_id
-                    assert position[row[0]] == written
+            for row in rows:  # sorted as the collection is, which lacks some of them
+                if written < len(collection.ids) and row[0].encode() == collection.ids[written]:
                     entry = {k: v for k, v in zip(names, row, strict=True) if v is not None}
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                     written += 1
-    assert written == len(collection.ids)
+    if written != len(collection.ids):
+        raise PipelineError("data/images lacks images of the index. Run `pipeline evaluate`.")
     texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
     np.save(folder / "texts.npy", vectors.astype(np.float16))
     write_json(folder / "texts.json", texts)
 
 
-def _describe(
-    data: Path, queries: Queries, collection: Collection, work: Path, made: Exported
-) -> None:
+def _describe(data: Path, queries: Queries, collection: Sides, work: Path, made: Exported) -> None:
     student, counts = queries.student.config, licenses(data)
     config = {
         "embed_dim": student.embedding_size,
