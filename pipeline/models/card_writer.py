@@ -16,8 +16,9 @@ from pipeline.models.card import (
     sha256_of,
     weights_file,
 )
+from pipeline.models.fetched_weights import fetched_weights
 from pipeline.models.golden import golden_of
-from pipeline.models.teacher import Teacher, tag_file
+from pipeline.models.teacher import Teacher
 from pipeline.models.teacher_config import CONFIG
 
 
@@ -77,13 +78,7 @@ def _digests(card: TeacherCard, probe: Path) -> dict[str, str | None]:
     if weights is None and card.pretrained is None:
         return {}
     if weights is None:
-        try:
-            weights = tag_file(card)
-        except Exception as error:  # of the network, or a tag that open_clip does not know
-            raise PipelineError(
-                f"{card.pretrained}: {card.model} with {card.pretrained} cannot be loaded: "
-                f"{' '.join(str(error).split())[:400]}."
-            ) from None
+        weights = fetched_weights(card.model, card.pretrained or "", probe)
     config = sha256_of(weights.with_name(CONFIG)) if card.model.startswith(LOCAL) else None
     return {"sha256": sha256_of(weights), "config_sha256": config}
 

@@ -20,6 +20,7 @@ from pipeline.models.card import (
     read_card,
     weights_file,
 )
+from pipeline.models.fetched_weights import fetched_weights
 from pipeline.models.golden import TEXTS, recognise
 from pipeline.models.open_clip import open_clip
 from pipeline.models.stated_preprocessing import preprocessing_of
@@ -189,13 +190,6 @@ def _model_name(card: TeacherCard, path: Path) -> str:
     return card.model
 
 
-def tag_file(card: TeacherCard) -> Path:
-    """The weights of a tag on this disk, fetched by open_clip where they are not here yet."""
-    return Path(
-        open_clip.download_pretrained(open_clip.get_pretrained_cfg(card.model, card.pretrained))
-    )
-
-
 def _tokenizer(card: TeacherCard, path: Path):
     try:
         return open_clip.get_tokenizer(_model_name(card, path))
@@ -216,8 +210,10 @@ def _load(card: TeacherCard, path: Path) -> torch.nn.Module:
     weights = weights_file(card, path)
     pretrained = None if card.model.startswith(LOCAL) else str(weights or card.pretrained)
     try:
-        if weights is None and card.sha256 is not None:
-            check_digest(path, tag_file(card), card.sha256)
+        if weights is None:
+            fetched = fetched_weights(card.model, card.pretrained or "", path)
+            if card.sha256 is not None:
+                check_digest(path, fetched, card.sha256)
         model, _, _ = open_clip.create_model_and_transforms(
             _model_name(card, path), pretrained=pretrained, require_pretrained=True
         )
