@@ -236,8 +236,14 @@ def _publish(
     metrics = {"steps": trainer.step, "undecodable_rows": trainer.undecodable}
     metrics |= {"skipped_steps": trainer.skipped, "best_step": best.step}
     metrics |= {"best_val_cosine": best.cosine}
-    metrics |= {k: v for k, v in last.items() if k not in ("step", "skipped") and math.isfinite(v)}
+    taken = next((row for row in reversed(trainer.log) if not row["skipped"]), last)
+    metrics |= _finite(taken) | _finite(last)
     write_json(work.folder / METRICS, metrics)
     work.publish(FILES, metrics)
     device = str(trainer.ranks.device)
     append_run(work.data, STAGE, work.stamp, work.recipe, metrics, device, began, images)
+
+
+def _finite(row: dict) -> dict[str, float]:
+    """A row of the log without what is not finite, as of a skipped step, and without its number."""
+    return {k: v for k, v in row.items() if k not in ("step", "skipped") and math.isfinite(v)}

@@ -1,6 +1,7 @@
 """Stage two refuses what does not belong together, before it trains a step."""
 
 import copy
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_the_best_student_by_validation_is_published_and_the_last_beside_it(data
         card = json.loads((folder / "config.json").read_text())
         assert card["provenance"]["checkpoint"]["which"] == which
         assert card["provenance"]["checkpoint"]["step"] == step
+
+
+def test_a_last_step_that_was_skipped_leaves_the_metrics_of_the_one_before(data, monkeypatch):
+    real = Trainer.train_step
+
+    def poisoned(trainer, batch):
+        if trainer.step == 3:
+            batch.targets[0] = float("nan")
+        real(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    metrics = train(data, max_skipped_steps=1)
+    log = list(csv.DictReader((data / "student/training.csv").open()))
+    assert metrics["skipped_steps"] == 1 and [row["skipped"] for row in log] == ["0", "1"]
+    assert metrics["loss"] == pytest.approx(float(log[0]["loss"]))
+    assert json.loads((data / "student/training.json").read_text()) == metrics
 
 
 def test_training_ends_early_once_validation_gets_no_better_and_stays_ended(data, monkeypatch):

@@ -182,7 +182,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_a_gpu():
 
 @GPU
 def test_a_batch_that_does_not_fit_names_one_that_does():
-    config = stored.distill_config(batch=65536, student=big())
+    config = stored.distill_config(batch=65536, student=big(), image_sizes=[64])
     found = trainer(config)
     found.fast = found.network
     torch.cuda.set_per_process_memory_fraction(0.05)
@@ -192,7 +192,7 @@ def test_a_batch_that_does_not_fit_names_one_that_does():
         fits = int(str(refusal.value).split(" does. ")[0].split()[-1])
         assert 1 < fits < 65536
         del found
-        smaller = trainer(stored.distill_config(batch=fits, student=big()))
+        smaller = trainer(stored.distill_config(batch=fits, student=big(), image_sizes=[64]))
         smaller.fast = smaller.network
         smaller.train_step(a_batch(fits, 64))
         assert math.isfinite(smaller.read()[0]["loss"])
