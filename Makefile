@@ -31,6 +31,7 @@ faults: $(BIN)/installed ## kill, fill the disk, damage files, in many rounds
 lint: $(BIN)/installed
 	ruff check
 	ruff format --check
+	ty check
 
 $(BIN)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "This project needs Python 3.11 or 3.12 on the PATH (found: $$(python3 --version 2>&1))."; exit 1; }

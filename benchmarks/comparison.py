@@ -108,7 +108,7 @@ def run(args, values: dict) -> list[float]:
             pq.read_table(path)["images_per_second"][0].as_py()
             for path in (data / "runs").glob("distill-*.parquet")
         ]
-    found = [figures[group][name]["value"] for _, group, name in COLUMNS]
+    found = [getattr(figures, group)[name].value for _, group, name in COLUMNS]
     return [*found, sum(p.numel() for p in student.parameters()), rates[0]]
 
 

@@ -21,11 +21,11 @@ def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[
     found = np.zeros_like(teacher)
     for batch in held_out_batches(dataset, range(len(dataset)), 128, workers=2):
         with torch.inference_mode():
-            pixels = student.normalise(torch.from_numpy(batch.pixels).permute(0, 3, 1, 2))
+            pixels = student.as_input(batch.pixels)
             found[[place[key] for key in batch.ids]] = student(pixels)[0].float().numpy()
     close = fidelity(found, teacher, training_mean(data))
-    figures = {"cosine": close["cosine"]["value"], "floor": close["cosine"]["floor"]}
-    figures["centred cosine"] = close["centred_cosine"]["value"]
+    figures = {"cosine": close["cosine"].value, "floor": close["cosine"].floor}
+    figures["centred cosine"] = close["centred_cosine"].value
     own = np.arange(len(ids))
     figures["student-teacher R@1"] = float(hits_at(1, ranks_of_own(found, teacher, own)).mean())
     _, owners, texts = text_vectors(data, "image_id IS NOT NULL", [])

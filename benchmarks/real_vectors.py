@@ -19,6 +19,8 @@ import yaml
 
 from pipeline.core.config import DistillConfig, EvaluateConfig, SelectConfig, load_section
 from pipeline.core.presets import write_preset
+from pipeline.core.records import Evaluation
+from pipeline.models.card import read_card
 from stages.distill import distill
 from stages.download import download
 from stages.evaluate import evaluate
@@ -97,14 +99,14 @@ def build(shared: Path, work: Path, params: Path) -> dict[str, int]:
     print(download(load_section(params, "download"), data, processes=2, threads=16))
     texts = [vectors / f"{name}_embeddings.npz" for name in ("flickr8k_caption", "lvis_class_name")]
     source = vectors / "flickr8k_image_embeddings.npz"
-    summary = import_embeddings(data, source, teacher=yaml.safe_load(CARD.read_text()), texts=texts)
-    print({name: count for name, count in summary.items() if isinstance(count, int)})
+    summary = import_embeddings(data, source, teacher=read_card(CARD).named(), texts=texts)
+    print({"images": summary.images, "texts": summary.texts} | summary.further_counts)
     counts = select(SELECTION, data)
     print(counts)
     return counts
 
 
-def train_and_measure(options, params: Path, steps: int, seed: int) -> dict:
+def train_and_measure(options, params: Path, steps: int, seed: int) -> Evaluation:
     """The figures of one seed; the student replaces the one before."""
     data = options.work / "data"
     config = load_section(params, "distill").model_dump() | RECIPE | options.change
@@ -117,14 +119,15 @@ def train_and_measure(options, params: Path, steps: int, seed: int) -> dict:
     return evaluate(EvaluateConfig.model_validate(measure), data, **speed)
 
 
-def print_row(seed: int, figures: dict) -> None:
-    cosine, recall = figures["fidelity"]["cosine"], figures["student_to_teacher"]
-    text = figures.get("text_to_image", {}).get("R@1", {"value": float("nan"), "ceiling": 0})
-    gain = cosine["value"] - cosine["floor"]
-    print(f"{seed:4} {cosine['value']:7.4f} {cosine['floor']:7.4f} {gain:+7.4f} "
-          f"{figures['fidelity']['centred_cosine']['value']:7.4f} {recall['R@1']['value']:6.3f} "
-          f"{recall['R@5']['value']:6.3f} {recall['R@1']['floor']:6.3f} {text['value']:8.3f} "
-          f"{text['ceiling']:8.3f}", flush=True)  # fmt: skip
+def print_row(seed: int, measured: Evaluation) -> None:
+    cosine, recall = measured.fidelity["cosine"], measured.student_to_teacher
+    print(f"{seed:4} {cosine.value:7.4f} {cosine.floor:7.4f} {cosine.value - cosine.floor:+7.4f} "
+          f"{measured.fidelity['centred_cosine'].value:7.4f} {recall['R@1'].value:6.3f} "
+          f"{recall['R@5'].value:6.3f} {recall['R@1'].floor:6.3f} ", end="")  # fmt: skip
+    if measured.text_to_image:
+        text = measured.text_to_image["R@1"]
+        print(f"{text.value:8.3f} {text.ceiling:8.3f}", end="")
+    print(flush=True)
 
 
 if __name__ == "__main__":

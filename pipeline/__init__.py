@@ -1,7 +1,7 @@
 """Offline CLIP distillation: `from pipeline import Student`."""
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Import the student, and torch with it, only when it is asked for."""
     if name == "Student":
         from pipeline.models.student import Student

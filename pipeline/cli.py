@@ -5,7 +5,7 @@ A command imports what it needs inside, so that --help answers without torch.
 
 import errno
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from pipeline.cli_import import imports
 from pipeline.cli_store import stores
 from pipeline.core.errors import PipelineError
 from pipeline.core.terminal import fail, guard, output, say
+
+if TYPE_CHECKING:
+    from pipeline.cluster.parts import Share
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -148,7 +151,7 @@ def teacher_embed(
     )
     if share:
         say(_PART_DONE.format("teacher-embed", *share))
-    else:
+    elif summary:
         counts = summary.model_dump(include={"images", "texts", "views", "dtype"})
         _report("teacher_embed", counts, data / "teacher")
 
@@ -198,8 +201,8 @@ def evaluate(
     from pipeline.explore.metrics_table import metrics_text
     from stages.evaluate import evaluate as run
 
-    figures = run(load_section(params, "evaluate"), data, device=device, workers=workers)
-    say(metrics_text(figures))
+    measured = run(load_section(params, "evaluate"), data, device=device, workers=workers)
+    say(metrics_text(measured.to_json()))
     say(f"evaluate: written to {data / 'evaluation'}")
 
 
@@ -236,6 +239,7 @@ def search(
 
     if (text is None) == (image is None):
         raise PipelineError("search with a text or with --image FILE: one of the two.")
+    text = text or ""
     collection, queries = Collection(data), Queries(data, _card(card, params))
     hits = collection.search(queries.text(text) if image is None else queries.image(image), k)
     output().write(hits_text(hits, format) + "\n")
@@ -391,7 +395,7 @@ def export(
 _PART_DONE = "{0}: part {1}/{2} is done. After all parts, run `pipeline {0}`."
 
 
-def _share(part: str | None):
+def _share(part: str | None) -> "Share | None":
     """The share of the shards that --part names; None without it."""
     from pipeline.cluster.parts import parse_share
 

@@ -7,6 +7,7 @@ Cost:  the student's own training; no teacher is built. A killed run goes on fro
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from pipeline.data.runs import append_run
 from pipeline.models import student as students
 from pipeline.models.student import Student
 from pipeline.training import sampler, trainer
-from pipeline.training.batches import held_out_batches, training_batches
+from pipeline.training.batches import Batch, held_out_batches, training_batches
 from pipeline.training.dataset import Dataset
 from pipeline.training.distributed import Ranks
 from pipeline.training.log import write_log
@@ -177,7 +178,7 @@ def _train(
         workers=workers, rank=ranks.rank, ranks=ranks.size, min_crop_area=config.min_crop_area,
         image_sizes=config.image_sizes, device=ranks.device,
     )  # fmt: skip
-    with closing(steps):
+    with closing(steps):  # ty: ignore[invalid-argument-type]
         _take_steps(trainer, steps, held_out, work.folder / CHECKPOINT, workers)
     if ranks.first:
         _publish(work, trainer, teacher, began, (trainer.step - first_step) * config.batch)
@@ -190,7 +191,9 @@ def _first_student(config: DistillConfig, preprocessing: Preprocessing) -> Stude
     return Student(config.student, preprocessing)
 
 
-def _take_steps(trainer: Trainer, steps, held_out: Dataset, checkpoint: Path, workers) -> None:
+def _take_steps(
+    trainer: Trainer, steps: Iterator[Batch], held_out: Dataset, checkpoint: Path, workers: int
+) -> None:
     """Train, log, validate and write checkpoints, to the last step or until nothing gets better."""
     config, ranks = trainer.config, trainer.ranks
     with tqdm(

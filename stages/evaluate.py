@@ -21,13 +21,13 @@ from pipeline.core.devices import pick_device
 from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
     contents,
+    evaluation_of,
     libraries,
     lock,
-    read_stamp,
     require_inputs,
     write_json,
 )
-from pipeline.core.records import Recipe
+from pipeline.core.records import Evaluation, MeasuredCheckpoint, MetricGroup, Recipe
 from pipeline.core.work import Work
 from pipeline.data import shards
 from pipeline.data.embeddings import split_vectors, training_mean
@@ -57,8 +57,10 @@ VERSION = 4  # raise it when a figure is computed in another way
 METRICS, RETRIEVAL = "metrics.json", "retrieval.csv"
 
 
-def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", workers: int = 2) -> dict:
-    """Write data/evaluation; returns the figures, each beside floor and ceiling.
+def evaluate(
+    config: EvaluateConfig, data: Path, *, device: str = "auto", workers: int = 2
+) -> Evaluation:
+    """Write data/evaluation; returns the metrics, each beside floor and ceiling.
 
     Raises PipelineError: no student, or one trained on other data than lies here.
     """
@@ -73,19 +75,19 @@ def evaluate(config: EvaluateConfig, data: Path, *, device: str = "auto", worker
                 loaded = time.monotonic()
                 embedded = _write_index(work, config, inputs, student, workers)
                 spent = time.monotonic() - loaded
-                figures = _figures(work, config, inputs, student, workers)
-                write_json(work.folder / METRICS, figures)
-                work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(figures)))
+                measured = _measured(work, config, inputs, student, workers)
+                write_json(work.folder / METRICS, measured.to_json())
+                work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(measured)))
                 report = partial(
                     write_report, data=inputs, student=student, index=work.folder / "index",
-                    found=figures, config=config,
+                    measured=measured, config=config,
                 )  # fmt: skip
                 work.commit(REPORT, report)
             index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
-            work.publish([METRICS, RETRIEVAL, REPORT, *index], figures)
-            values = _flat(figures) | _facts(student)
+            work.publish([METRICS, RETRIEVAL, REPORT, *index], measured.to_json())
+            values = measured.values() | _facts(student)
             append_run(data, STAGE, work.stamp, recipe, values, str(target), began, embedded, spent)
-        return read_stamp(work.out, STAGE).summary
+        return evaluation_of(data)
 
 
 def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
@@ -99,7 +101,9 @@ def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
     )
 
 
-def _write_index(work: Work, config, data: Path, student: Student, workers: int) -> int:
+def _write_index(
+    work: Work, config: EvaluateConfig, data: Path, student: Student, workers: int
+) -> int:
     """The student's embedding of every kept image, a shard at a time; returns how many."""
     how = student.preprocessing.interpolation
     dataset = Dataset(data, None, student.config.image_size, how)
@@ -139,13 +143,14 @@ def _write_index(work: Work, config, data: Path, student: Student, workers: int)
 
 
 @torch.inference_mode()
-def _embedded(student: Student, pixels: np.ndarray) -> np.ndarray:
+def _embedded(student: Student, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     """(b, S, S, 3) uint8 -> (b, E) float32."""
-    tensor = torch.from_numpy(pixels).to(student.mean.device).permute(0, 3, 1, 2)
-    return student(student.normalise(tensor))[0].float().cpu().numpy()
+    return student.encode_image(student.as_input(np.asarray(pixels)), normalize=False).cpu().numpy()
 
 
-def _figures(work: Work, config, data: Path, student: Student, workers: int) -> dict:
+def _measured(
+    work: Work, config: EvaluateConfig, data: Path, student: Student, workers: int
+) -> Evaluation:
     ids, teacher = split_vectors(data, config.split)
     index = {}
     for path in sorted((work.folder / "index").glob("*.parquet")):
@@ -157,45 +162,49 @@ def _figures(work: Work, config, data: Path, student: Student, workers: int) -> 
     ids, teacher = [ids[i] for i in kept], teacher[kept]
     found = np.stack([index[key] for key in ids])
     templates = work.recipe.parameters["templates"]
-    figures = {
-        "checkpoint": read_card(data / "student").provenance.get("checkpoint", {}),
-        "split": config.split,
-        "images": len(ids),
-        "undecodable": len(lost),
-        "near_training": near_training_images(data, teacher),
-        "fidelity": metrics.fidelity(found, teacher, training_mean(data)),
-        "student_to_teacher": image_retrieval(found, teacher),
-        "text_to_image": text_retrieval(data, ids, found, teacher),
-        "box_search": box_search_figures(data, work.folder / "index"),
-        "pointing": pointing_figures(data, config.split, student, config.batch, workers),
-        "zero_shot": zero_shot_figures(data, ids, found, teacher, templates),
-        "segmentation": _segmentation(config, data, student, workers),
-    }
-    return {name: group for name, group in figures.items() if group != {}}
+    checkpoint = read_card(data / "student").provenance.get("checkpoint")
+    return Evaluation(
+        checkpoint=MeasuredCheckpoint.model_validate(checkpoint) if checkpoint else None,
+        split=config.split,
+        images=len(ids),
+        undecodable=len(lost),
+        near_training=near_training_images(data, teacher),
+        fidelity=metrics.fidelity(found, teacher, training_mean(data)),
+        student_to_teacher=image_retrieval(found, teacher),
+        text_to_image=text_retrieval(data, ids, found, teacher),
+        box_search=box_search_figures(data, work.folder / "index"),
+        pointing=pointing_figures(data, config.split, student, config.batch, workers),
+        zero_shot=zero_shot_figures(data, ids, found, teacher, templates),
+        segmentation=_segmentation(config, data, student, workers),
+    )
 
 
-def _segmentation(config: EvaluateConfig, data: Path, student: Student, workers: int) -> dict:
-    """mIoU where images have masks, or {}."""
+def _segmentation(
+    config: EvaluateConfig, data: Path, student: Student, workers: int
+) -> MetricGroup | None:
+    """mIoU where images have masks."""
     if not has_masks(data):
-        return {}
+        return None
     queries = Queries(data, Path(config.segmentation.card))
     grid = config.segmentation.image_size // student.config.patch_size
-    return segmentation_figures(
+    return MetricGroup.model_validate(segmentation_figures(
         data, config.split, config.segmentation, student, lambda text: queries.text(text).teacher,
         dense_teacher(queries, grid), config.batch, workers,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
-def _retrieval_csv(figures: dict) -> str:
+def _retrieval_csv(measured: Evaluation) -> str:
     """R@k as a table that `dvc plots` renders."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "k", "who", "recall"])
     for task in ("student_to_teacher", "text_to_image"):
-        for k in DEPTHS if task in figures else ():
-            figure = figures[task][f"R@{k}"]
-            for who, value in (("student", "value"), ("chance", "floor"), ("teacher", "ceiling")):
-                writer.writerow([task, k, who, figure[value]])
+        group = measured.groups().get(task, MetricGroup())
+        for k in DEPTHS if group.metrics else ():
+            metric = group[f"R@{k}"]
+            writer.writerow([task, k, "student", metric.value])
+            writer.writerow([task, k, "chance", metric.floor])
+            writer.writerow([task, k, "teacher", metric.ceiling])
     return text.getvalue()
 
 
@@ -206,15 +215,3 @@ def _facts(student: Student) -> dict:
         "student.image_size": student.config.image_size,
         "student.parameters": sum(parameter.numel() for parameter in student.parameters()),
     }
-
-
-def _flat(figures: dict, prefix: str = "") -> dict:
-    """Nested figures -> {"fidelity.cosine": value}, for the table of runs."""
-    flat = {}
-    for key, figure in figures.items():
-        if isinstance(figure, dict):
-            nested = {"": figure["value"]} if "value" in figure else _flat(figure, ".")
-            flat |= {f"{prefix}{key}{k}": v for k, v in nested.items()}
-        elif isinstance(figure, int | float):
-            flat[f"{prefix}{key}"] = figure
-    return flat

@@ -11,7 +11,6 @@ With DVC: `dvc freeze teacher_embed`, and `dvc repro` takes data/teacher as it l
 making it anew. `pipeline teacher-embed` itself never replaces it.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -184,7 +183,7 @@ def _parts(source: Path) -> tuple[list[Part], list[Part]]:
 
 def _number(path: Path) -> str:
     """img_emb_0.npy and metadata_0.parquet belong together."""
-    return re.search(r"\d*$", path.stem)[0]
+    return path.stem[len(path.stem.rstrip("0123456789")) :]
 
 
 def _npz(path: Path) -> Part:

@@ -131,5 +131,6 @@ def _summary(
         batch=config.batch,
         least_cosine_to_float32=least or None,
         views=config.views,
-        **counts,
+        images=counts["images"],
+        texts=counts["texts"],
     )

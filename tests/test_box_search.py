@@ -43,12 +43,12 @@ def test_precision_is_the_share_of_right_images_among_the_best_eight(tmp_path):
     named[order[[0, 1, 2, 5, 9, 10, 15, 19]]] = True  # four of the best eight
     collection(tmp_path / "second", named.tolist())
     found = box_search_figures(tmp_path / "second", tmp_path / "second/index")
-    assert found["texts"] == 1
-    assert found["precision@8"]["value"] == found["precision@8"]["ceiling"] == 0.5
-    assert found["precision@8"]["floor"] == 8 / 20
-    assert found["worst_precision@8"]["value"] == 0.5 and found["worst_text"] == "a thing"
+    assert found.facts["texts"] == 1
+    assert found["precision@8"].value == found["precision@8"].ceiling == 0.5
+    assert found["precision@8"].floor == 8 / 20
+    assert found["worst_precision@8"].value == 0.5 and found.facts["worst_text"] == "a thing"
 
 
 def test_a_thing_in_fewer_images_than_are_shown_is_left_out(tmp_path):
     collection(tmp_path, [True] * 7 + [False] * 13)
-    assert box_search_figures(tmp_path, tmp_path / "index") == {}
+    assert box_search_figures(tmp_path, tmp_path / "index") is None

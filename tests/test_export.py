@@ -28,7 +28,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-HOW = Preprocessing(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], interpolation="bilinear")
+HOW = Preprocessing(
+    mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], interpolation="bilinear", resize_mode="squash"
+)
 small_student = partial(students.small_student, HOW)
 
 
@@ -53,6 +55,7 @@ def test_metadata_say_how_to_make_the_pixels(tmp_path):
     assert json.loads(found["mean"]) == [0.5, 0.4, 0.3]
     assert json.loads(found["std"]) == [0.2, 0.2, 0.2]
     assert int(found["image_size"]) == 32 and found["interpolation"] == "bilinear"
+    assert found["resize_mode"] == "squash"
 
 
 def test_export_leaves_the_student_as_it_was(tmp_path):

@@ -36,24 +36,24 @@ def test_boxes_of_one_text_count_as_one(data):
     """Each half of the image alone is right about half of the time; together they are certain."""
     halves = ("a", 0, 0, 24, 40), ("a", 24, 0, 48, 40)
     found = with_boxes(data, *halves)
-    assert found["pairs"] == 1
-    assert found["pointing"]["value"] == found["energy"]["value"] == found["pointing"]["floor"] == 1
+    assert found.facts["pairs"] == 1
+    assert found["pointing"].value == found["energy"].value == found["pointing"].floor == 1
 
 
 def test_what_no_patch_can_reach_lowers_the_ceiling(data):
     """One box is cropped away, one lies between patch centres, one is in reach."""
     grid_step = 40 / 4
     between = ("b", 4 + 0.6 * grid_step, 6, 4 + 1.4 * grid_step, 34)
-    assert with_boxes(data, ("a", 0, 0, 3, 40), between)["pointing"]["ceiling"] == 0
+    assert with_boxes(data, ("a", 0, 0, 3, 40), between)["pointing"].ceiling == 0
     found = with_boxes(data, ("a", 0, 0, 3, 40), ("b", 4, 0, 44, 40))
     for name in ("pointing", "energy", "pointing_centred", "energy_centred"):
-        assert found[name]["ceiling"] == 0.5
-        assert found[name]["value"] <= 0.5 + 1e-9
+        assert found[name].ceiling == 0.5
+        assert found[name].value <= 0.5 + 1e-9
 
 
 def test_texts_of_an_image_share_its_luck(data):
     """Two texts of the only image with boxes: the interval is that of one image."""
     found = with_boxes(data, ("a", 4, 0, 44, 40), ("b", 4, 0, 44, 40))
     one = with_boxes(data, ("a", 4, 0, 44, 40))
-    assert found["pairs"] == 2
-    np.testing.assert_allclose(found["pointing"]["low"], one["pointing"]["low"])
+    assert found.facts["pairs"] == 2
+    np.testing.assert_allclose(found["pointing"].low, one["pointing"].low)

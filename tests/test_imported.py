@@ -299,7 +299,7 @@ def test_later_stages_run_on_imported_vectors_and_leave_the_others_out(data, tmp
         segmentation=worlds.segmentation(),
     )  # fmt: skip
     figures = evaluate(config, data, device="cpu")
-    assert figures["images"] == counts["test"]
+    assert figures.images == counts["test"]
     assert read_stamp(data / "student", "distill").recipe.inputs["teacher"]
 
 

@@ -21,8 +21,8 @@ def test_the_teacher_itself_reaches_every_ceiling():
     teacher = unit(200, around=5)
     for scale in (1.0, 7.0):  # only the direction counts
         figures = metrics.fidelity(scale * teacher, teacher, teacher.mean(axis=0))
-        for name, figure in figures.items():
-            assert figure["value"] == pytest.approx(figure["ceiling"], abs=1e-5), name
+        for name, figure in figures.metrics.items():
+            assert figure.value == pytest.approx(figure.ceiling, abs=1e-5), name
 
 
 def test_a_student_that_answers_the_mean_scores_every_floor():
@@ -30,8 +30,8 @@ def test_a_student_that_answers_the_mean_scores_every_floor():
     mean = teacher.mean(axis=0)
     figures = metrics.fidelity(np.tile(mean, (200, 1)), teacher, mean)
     for name in ("cosine", "l1_norm100"):
-        assert figures[name]["value"] == pytest.approx(figures[name]["floor"], abs=1e-5), name
-    assert abs(figures["centred_cosine"]["value"]) < 0.1
+        assert figures[name].value == pytest.approx(figures[name].floor, abs=1e-5), name
+    assert abs(figures["centred_cosine"].value) < 0.1
 
 
 def test_a_constant_student_is_far_above_zero_in_cosine_and_at_zero_once_centred():
@@ -39,14 +39,14 @@ def test_a_constant_student_is_far_above_zero_in_cosine_and_at_zero_once_centred
     teacher = unit(500, around=20)
     constant = np.tile(unit(1, around=20, seed=9), (500, 1))
     figures = metrics.fidelity(constant, teacher, teacher.mean(axis=0))
-    assert figures["cosine"]["value"] > 0.85
-    assert figures["cosine"]["value"] <= figures["cosine"]["floor"]
-    assert abs(figures["centred_cosine"]["value"]) < 0.1
+    assert figures["cosine"].value > 0.85
+    assert figures["cosine"].value <= figures["cosine"].floor
+    assert abs(figures["centred_cosine"].value) < 0.1
 
 
 def test_an_opposite_student_has_cosine_minus_one():
     teacher = unit(20)
-    assert metrics.fidelity(-teacher, teacher, teacher.mean(axis=0))["cosine"]["value"] == (
+    assert metrics.fidelity(-teacher, teacher, teacher.mean(axis=0))["cosine"].value == (
         pytest.approx(-1, abs=1e-6)
     )
 
@@ -55,7 +55,7 @@ def test_l1_norm100_is_the_published_loss():
     """Mean absolute difference over all values of unit vectors, times 100, written out."""
     student, teacher = unit(6, 4, seed=1), unit(6, 4, seed=2)
     expected = sum(abs(s - t) for s, t in zip(student.flat, teacher.flat, strict=True)) / 24 * 100
-    found = metrics.fidelity(3 * student, teacher, teacher.mean(axis=0))["l1_norm100"]["value"]
+    found = metrics.fidelity(3 * student, teacher, teacher.mean(axis=0))["l1_norm100"].value
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_a_zero_vector_has_cosine_zero_and_no_figure_is_lost():
     student[0] = 0
     assert metrics.cosine(student, teacher)[0] == 0
     figures = metrics.fidelity(student, teacher, teacher.mean(axis=0))
-    assert all(np.isfinite(figure["value"]) for figure in figures.values())
+    assert all(np.isfinite(figure.value) for figure in figures.metrics.values())
 
 
 # Intervals
@@ -81,8 +81,8 @@ def test_a_zero_vector_has_cosine_zero_and_no_figure_is_lost():
 def test_wilsons_interval_has_its_published_values(hits, n, low, high):
     """The last three: Newcombe 1998, table I."""
     figure = metrics.share_interval(np.arange(n) < hits)
-    assert figure["value"] == hits / n
-    assert (figure["low"], figure["high"]) == pytest.approx((low, high), abs=1e-4)
+    assert figure.value == hits / n
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=1e-4)
 
 
 def captioned(rng, images: int = 68, captions: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +98,8 @@ def test_intervals_take_images_as_the_unit(interval):
     drawn = [captioned(rng) for _ in range(1000)]
     by_image = [interval(hits, owners) for hits, owners in drawn]
     by_caption = [interval(hits) for hits, _ in drawn]
-    assert 920 < sum(f["low"] <= 0.5 <= f["high"] for f in by_image) < 975
-    assert sum(f["low"] <= 0.5 <= f["high"] for f in by_caption) < 850
+    assert 920 < sum(f.low <= 0.5 <= f.high for f in by_image) < 975
+    assert sum(f.low <= 0.5 <= f.high for f in by_caption) < 850
 
 
 @pytest.mark.parametrize("interval", [metrics.share_interval, metrics.mean_interval])
@@ -110,8 +110,8 @@ def test_an_interval_by_images_is_as_wide_as_a_bootstrap_of_images(interval):
     means = [by_image[rng.integers(0, 68, 68)].mean() for _ in range(4000)]
     found = interval(hits, owners)
     width = np.diff(np.percentile(means, [2.5, 97.5])).item()
-    assert found["high"] - found["low"] == pytest.approx(width, rel=0.06)
-    assert found["value"] == hits.mean()
+    assert found.high - found.low == pytest.approx(width, rel=0.06)
+    assert found.value == hits.mean()
 
 
 @pytest.mark.parametrize("interval", [metrics.share_interval, metrics.mean_interval])
@@ -128,7 +128,7 @@ def test_captions_that_all_succeed_are_worth_one_hit_an_image():
 def test_an_interval_of_a_mean_covers_the_truth_about_19_times_in_20():
     rng = np.random.default_rng(0)
     found = [metrics.mean_interval(rng.normal(3, 2, 50)) for _ in range(1000)]
-    assert 920 < sum(f["low"] <= 3 <= f["high"] for f in found) < 970
+    assert 920 < sum(f.low <= 3 <= f.high for f in found) < 970
 
 
 # Pointing
@@ -160,7 +160,7 @@ def test_random_maps_hit_as_often_as_the_box_is_large():
     maps = np.random.default_rng(0).normal(size=(4000, 16))
     hits = metrics.pointing(maps, np.repeat(INSIDE, 4000, axis=0))["hit"]
     found = metrics.share_interval(hits)
-    assert found["low"] < 0.25 < found["high"]
+    assert found.low < 0.25 < found.high
 
 
 def test_negative_answers_are_no_energy():

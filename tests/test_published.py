@@ -61,6 +61,8 @@ def test_published_file_becomes_a_student_of_the_same_outputs(
     import_checkpoint(file, tmp_path / "out")
     imported, pixels = Student.load(tmp_path / "out"), torch.randn(2, 3, 56, 56)
     assert imported.config == student.config
+    how = imported.preprocessing  # the published training code squashed whole images, bilinear
+    assert (how.image_size, how.resize_mode, how.interpolation) == (56, "squash", "bilinear")
     for ours, theirs in zip(imported.outputs(pixels), student.outputs(pixels), strict=True):
         assert torch.equal(ours, theirs)
     card = read_card(tmp_path / "out")

@@ -16,8 +16,8 @@ import pytest
 import seeing
 from PIL import Image
 
-from pipeline.core.provenance import read_stamp
-from pipeline.core.records import Recipe
+from pipeline.core.provenance import evaluation_of
+from pipeline.core.records import MetricGroup, Recipe
 from pipeline.data import database
 from pipeline.data.runs import append_run
 from pipeline.explore import report_charts
@@ -60,7 +60,7 @@ def write(data):
         data=data,
         student=Student.load(data / "student"),
         index=data / "evaluation" / "index",
-        found=read_stamp(data / "evaluation", "evaluate").summary,
+        measured=evaluation_of(data),
         config=seeing.evaluate_config(),
     )
 
@@ -91,15 +91,13 @@ def test_every_status_and_every_reason_of_the_data_is_counted(page, data):
 
 
 def test_every_figure_stands_beside_its_floor_and_ceiling(page, write):
-    found = write.keywords["found"]
+    groups = write.keywords["measured"].groups()
     for group in ("fidelity", "student_to_teacher", "text_to_image", "zero_shot"):
-        for name, figure in found[group].items():
-            if isinstance(figure, dict):
-                ends = [figure[k] for k in ("value", "low", "high", "floor", "ceiling")]
-                row = r"\D*?".join(re.escape(f"{abs(value):.3f}") for value in ends)
-                assert re.search(rf"{group} {re.escape(name)}\D.*?{row}", page.text, re.DOTALL), (
-                    name
-                )
+        assert groups[group].metrics
+        for name, metric in groups[group].metrics.items():
+            ends = metric.value, metric.low, metric.high, metric.floor, metric.ceiling
+            row = r"\D*?".join(re.escape(f"{abs(value):.3f}") for value in ends)
+            assert re.search(rf"{group} {re.escape(name)}\D.*?{row}", page.text, re.DOTALL), name
 
 
 def test_every_picture_is_inside_and_whole(page):
@@ -212,8 +210,9 @@ def test_a_report_without_runs_has_no_chart_of_them(page, tmp_path):
 
 
 def test_a_figure_that_is_left_out_says_why(write, tmp_path):
-    found = write.keywords["found"] | {"zero_shot": {"left_out": "no class has a vector"}}
-    write(tmp_path / "report.html", found=found)
+    left_out = MetricGroup(left_out="no class has a vector")
+    measured = write.keywords["measured"].model_copy(update={"zero_shot": left_out})
+    write(tmp_path / "report.html", measured=measured)
     assert "Left out, zero_shot: no class has a vector" in (tmp_path / "report.html").read_text()
 
 

@@ -45,7 +45,7 @@ def test_ties_earn_the_expected_rank_of_a_fair_draw(copies):
     images = unit(40)
     gallery = np.tile(images, (copies, 1))
     ranks = ranks_of_own(images, gallery, np.arange(40))
-    assert recall(ranks, len(gallery))["R@1"]["value"] == pytest.approx(1 / copies)
+    assert recall(ranks, len(gallery))["R@1"].value == pytest.approx(1 / copies)
 
 
 def test_a_fair_draw_is_the_mean_of_many_shuffles():
@@ -65,15 +65,15 @@ def test_a_fair_draw_is_the_mean_of_many_shuffles():
 def test_the_teacher_retrieves_every_image_of_its_own_first():
     teacher = unit(100)
     ranks = ranks_of_own(teacher, teacher, np.arange(100))
-    assert all(figure["value"] == 1 for figure in recall(ranks, 100).values())
+    assert all(figure.value == 1 for figure in recall(ranks, 100).values())
 
 
 def test_a_random_student_retrieves_at_chance():
     n = 2000
     ranks = ranks_of_own(unit(n, seed=1), unit(n, seed=2), np.arange(n))
     for k, figure in zip(DEPTHS, recall(ranks, n).values(), strict=True):
-        assert figure["floor"] == k / n
-        assert figure["low"] <= figure["floor"] <= figure["high"]
+        assert figure.floor == k / n
+        assert figure.low <= figure.floor <= figure.high
 
 
 @pytest.mark.parametrize("n", [7, 300])
@@ -82,11 +82,11 @@ def test_a_constant_student_is_at_chance(n):
     constant = np.tile(unit(1), (n, 1))
     ranks = ranks_of_own(unit(n, seed=1), constant, np.arange(n))
     for k, figure in zip(DEPTHS, recall(ranks, n).values(), strict=True):
-        assert figure["value"] == pytest.approx(min(1, k / n))
+        assert figure.value == pytest.approx(min(1, k / n))
 
 
 def test_chance_is_no_more_than_certainty():
-    assert recall(Ranks(np.zeros(3), np.ones(3)), 3)["R@10"]["floor"] == 1
+    assert recall(Ranks(np.zeros(3), np.ones(3)), 3)["R@10"].floor == 1
 
 
 def test_overlap_is_the_common_share_of_the_best_k():
@@ -132,7 +132,7 @@ def test_a_student_that_says_one_thing_of_all_images_agrees_with_nothing():
 
 def test_unrelated_rankings_agree_at_the_floor():
     found = mean_interval(rank_correlation(unit(500, 30, 1), unit(500, 30, 2)))
-    assert found["low"] < 0 < found["high"]
+    assert found.low < 0 < found.high
 
 
 # Near duplicates
@@ -142,14 +142,14 @@ def test_held_out_images_whose_copy_is_in_training_are_counted(tmp_path):
     stored.write_data(tmp_path)
     _, held_out = split_vectors(tmp_path, "val")
     training = np.concatenate(list(training_vectors(tmp_path)))
-    assert near_training_images(tmp_path, held_out)["above_0.90"]["value"] == 0
+    assert near_training_images(tmp_path, held_out)["above_0.90"].value == 0
     held_out[:3] = training[5:8]
     held_out[3] = training[0] + 0.4 * np.eye(len(training[0]))[0]  # near, but no copy
     held_out[3] /= np.linalg.norm(held_out[3])
     nearest = (held_out @ training.T).max(axis=1)
     assert NEAR[0] < nearest[3] < NEAR[-1]
     found = near_training_images(tmp_path, held_out)
-    assert found["images"] == len(held_out)
+    assert found.facts["images"] == len(held_out)
     for limit in NEAR:
-        share = found[f"above_{limit:.2f}"]["value"]
+        share = found[f"above_{limit:.2f}"].value
         assert share == (nearest > limit).mean() and share >= 3 / len(held_out)

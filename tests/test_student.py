@@ -202,11 +202,11 @@ def test_student_cast_to_bfloat16_stays_close():
 
 
 def test_normalise_maps_bytes_as_the_preprocessing_says():
-    config = StudentConfig(**SMALL)
-    student = Student(config, Preprocessing(mean=[0.5, 0.25, 0.0], std=[0.5, 1.0, 2.0]))
-    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    student = small_student(Preprocessing(mean=[0.5, 0.25, 0.0], std=[0.5, 1.0, 2.0]))
+    pixels = np.zeros((1, 32, 32, 3), np.uint8)
+    pixels[0, 0, 1] = 255  # the second pixel of the first row
     expected = torch.tensor([[-1.0, 1.0], [-0.25, 0.75], [0.0, 0.5]])
-    torch.testing.assert_close(student.normalise(pixels)[0, :, 0], expected)
+    torch.testing.assert_close(student.as_input(pixels)[0, :, 0, :2], expected)
 
 
 def test_same_seed_gives_the_same_weights():
@@ -253,7 +253,7 @@ def test_unfit_pixels_are_refused(pixels, message):
 
 def test_normalise_refuses_floats():
     with pytest.raises(PipelineError, match="expected uint8"):
-        small_student().normalise(some_pixels())
+        small_student().as_input(np.zeros((1, 32, 32, 3), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import seeing
 import worlds
 
-from pipeline.core.provenance import read_stamp
+from pipeline.core.provenance import evaluation_of
+from pipeline.core.records import MetricGroup
 from pipeline.data import database, shards
 from pipeline.evaluation.zero_shot import zero_shot_figures
 from pipeline.explore.metrics_table import metrics_text
@@ -46,7 +47,7 @@ def test_a_class_is_the_mean_of_its_prompts(tmp_path):
     )
     seen = np.array([[1, 0, 0], [0, 0, 1]], np.float32)
     found = zero_shot_figures(tmp_path, ids, seen, seen, TEMPLATES)
-    assert found["accuracy"]["value"] == 1
+    assert found["accuracy"].value == 1
 
 
 def test_student_and_teacher_are_judged_by_their_own_vectors(tmp_path):
@@ -55,31 +56,31 @@ def test_student_and_teacher_are_judged_by_their_own_vectors(tmp_path):
     teacher = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 2]]
     student = np.eye(3, dtype=np.float32)[[0, 1, 1, 1, 2]]
     found = zero_shot_figures(tmp_path, ids, student, teacher, TEMPLATES)
-    assert (found["images"], found["classes"], found["templates"]) == (4, 2, 2)
+    assert found.facts == {"images": 4, "classes": 2, "templates": 2}
     accuracy = found["accuracy"]
-    assert (accuracy["value"], accuracy["ceiling"]) == (0.5, 1)
-    assert accuracy["low"] < 0.5 < accuracy["high"]
-    assert accuracy["floor"] == 0.75  # who always says fruit; chance is 0.5
+    assert (accuracy.value, accuracy.ceiling) == (0.5, 1)
+    assert accuracy.low < 0.5 < accuracy.high
+    assert accuracy.floor == 0.75  # who always says fruit; chance is 0.5
 
 
 def test_images_without_labels_give_no_figure(tmp_path):
     ids = labelled(tmp_path, [None, " "], {"a fruit": FRUIT})
-    assert zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), TEMPLATES) == {}
+    assert zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), TEMPLATES) is None
 
 
 @pytest.mark.parametrize("templates", [[], ["one {}"]])
 def test_a_class_without_a_stored_prompt_is_named(tmp_path, templates):
     ids = labelled(tmp_path, ["fruit", "bread"], {"a fruit": FRUIT, "one fruit": FRUIT})
     found = zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), templates)
-    assert found.keys() == {"left_out"}
-    assert "labels have no stored class prompt, such as 'bread'" in found["left_out"]
-    table = metrics_text({"zero_shot": found})
+    assert found == MetricGroup(left_out=found.left_out)
+    assert "labels have no stored class prompt, such as 'bread'" in found.left_out
+    table = metrics_text({"zero_shot": found.model_dump()})
     assert table.splitlines()[-1].startswith("left out: zero_shot") and "'bread'" in table
 
 
 def test_the_evaluation_measures_it_with_the_repositorys_templates(small_world, tmp_path_factory):
     data = seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
-    found = read_stamp(data / "evaluation", "evaluate").summary["zero_shot"]
+    found = evaluation_of(data).zero_shot
     split = dict(
         database.connect(data)
         .execute(
@@ -88,8 +89,9 @@ def test_the_evaluation_measures_it_with_the_repositorys_templates(small_world, 
         )
         .fetchall()
     )
-    assert found["images"] == sum(split.values()) and found["classes"] == len(split) == 2
-    assert found["accuracy"]["floor"] == max(split.values()) / found["images"]
+    assert found.facts["images"] == sum(split.values())
+    assert found.facts["classes"] == len(split) == 2
+    assert found["accuracy"].floor == max(split.values()) / found.facts["images"]
 
 
 @pytest.mark.slow
@@ -114,10 +116,10 @@ def test_real_photos_with_ten_labels_go_from_manifest_to_figure(shared, tiny_tea
     select(worlds.select_config(), data)
     distill(seeing.distill_config(), data, device="cpu")
     figures = evaluate(seeing.evaluate_config(prompts=[]), data, device="cpu")
-    found = figures["zero_shot"]
-    assert found["classes"] == len(set(labels.values())) == 10
-    assert found["images"] == figures["images"] > 40
+    found = figures.zero_shot
+    assert found.facts["classes"] == len(set(labels.values())) == 10
+    assert found.facts["images"] == figures.images > 40
     sql = "SELECT url FROM images JOIN selection USING (image_id) WHERE keep AND split = 'test'"
     urls = database.connect(data).execute(sql).fetchall()
     counts = Counter(labels[url.removeprefix("file:")] for (url,) in urls)
-    assert found["accuracy"]["floor"] == max(counts.values()) / found["images"]
+    assert found["accuracy"].floor == max(counts.values()) / found.facts["images"]

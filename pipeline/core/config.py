@@ -7,7 +7,7 @@ section, the key, what was found and what is allowed.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -48,7 +48,7 @@ class StudentConfig(Record):
     temperature: PositiveFloat  # of the softmax over patch logits
 
     @model_validator(mode="after")
-    def _shapes_fit(self):
+    def _shapes_fit(self) -> Self:
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -110,7 +110,7 @@ class TeacherEmbedConfig(Record):
     templates: str  # text file, a template a line; each is embedded with each label in its {}
 
     @model_validator(mode="after")
-    def _ranges_rise(self):
+    def _ranges_rise(self) -> Self:
         for name in ("crop_area", "crop_ratio"):
             low, high = getattr(self, name)
             if low > high:
@@ -129,7 +129,7 @@ class SelectConfig(Record):
     near_duplicates: Fraction  # cosine of teacher embeddings from which two images are one; 1 = off
 
     @model_validator(mode="after")
-    def _something_is_left_to_train_on(self):
+    def _something_is_left_to_train_on(self) -> Self:
         if self.val + self.test >= 1:
             raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on")
         return self
@@ -144,7 +144,7 @@ class LossWeights(Record):
     caption: Weight  # CLIP's symmetric loss against the captions' text embeddings
 
     @model_validator(mode="after")
-    def _something_is_learned(self):
+    def _something_is_learned(self) -> Self:
         if not any(self.model_dump().values()):
             raise ValueError("every weight is 0; give one of them a value above 0")
         return self
@@ -181,7 +181,7 @@ class DistillConfig(Record):
     seed: Seed
 
     @model_validator(mode="after")
-    def _sizes_fit_the_student(self):
+    def _sizes_fit_the_student(self) -> Self:
         sizes, student = self.image_sizes, self.student
         wrong = [size for size in sizes if size % student.patch_size]
         if student.image_size not in sizes or wrong or len(set(sizes)) < len(sizes):
@@ -193,7 +193,7 @@ class DistillConfig(Record):
         return self
 
     @model_validator(mode="after")
-    def _the_stem_fits_a_patch(self):
+    def _the_stem_fits_a_patch(self) -> Self:
         if self.fixed_stem_frequencies > self.student.patch_size:
             raise ValueError(
                 f"fixed_stem_frequencies {self.fixed_stem_frequencies} is more than student.patch_size "
@@ -219,7 +219,7 @@ class SegmentationConfig(Record):
     card: str  # of the teacher, whose dense features are judged beside the student's
 
     @model_validator(mode="after")
-    def _zero_means_one_thing(self):
+    def _zero_means_one_thing(self) -> Self:
         if self.zero_is == "ignore" and self.background != "none":
             raise ValueError(
                 f"background {self.background} is looked for where zero_is: ignore says that no mask "
@@ -269,6 +269,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+@overload
+def load_section(params: Path, section: Literal["download"]) -> DownloadConfig: ...
+@overload
+def load_section(params: Path, section: Literal["teacher_embed"]) -> TeacherEmbedConfig: ...
+@overload
+def load_section(params: Path, section: Literal["select"]) -> SelectConfig: ...
+@overload
+def load_section(params: Path, section: Literal["distill"]) -> DistillConfig: ...
+@overload
+def load_section(params: Path, section: Literal["evaluate"]) -> EvaluateConfig: ...
+@overload
+def load_section(params: Path, section: str) -> Record: ...
 def load_section(params: Path, section: str) -> Record:
     """The validated section of a params.yaml.
 
@@ -298,11 +310,11 @@ def load_section(params: Path, section: str) -> Record:
     try:
         return SECTIONS[section].model_validate(document[section])
     except ValidationError as error:
-        problems = "\n".join(f"  {_sentence(section, e)}" for e in error.errors())
+        problems = "\n".join(f"  {_sentence(section, dict(e))}" for e in error.errors())
         raise PipelineError(f"{params}:\n{problems}") from None
 
 
-def _sentence(section: str, error: dict) -> str:
+def _sentence(section: str, error: dict[str, Any]) -> str:
     """One finding of the validator as: section.key: what was found, what is allowed."""
     key = ".".join([section, *map(str, error["loc"])])
     found = error["input"]
@@ -312,7 +324,7 @@ def _sentence(section: str, error: dict) -> str:
         case "extra_forbidden" if key in RENAMED:
             return f"{key}: this key is now called {RENAMED[key]}; rename it."
         case "extra_forbidden":
-            siblings = SECTIONS[section]
+            siblings: Any = SECTIONS[section]
             for part in error["loc"][:-1]:
                 siblings = siblings.model_fields[part].annotation
             return (

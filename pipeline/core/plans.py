@@ -126,7 +126,7 @@ def _adopt(store: Store, stamp: Stamp, files: dict[str, Path]) -> None:
     """Link a published stage's shards into the store."""
     shards = [(name, file) for name, file in stamp.files.items() if file.stored]
     for name, file in shards:
-        if name in files and files[name].is_file():
+        if file.stored and name in files and files[name].is_file():
             store.adopt(files[name], entry_of(file.stored, file.bytes))
     if shards:
         store.note(stamp)

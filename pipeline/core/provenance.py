@@ -15,22 +15,22 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import BY_FOLDER, STAGES, STAMP_FILE, command
-from pipeline.core.records import Stamp, StoredFile, TeacherSummary
+from pipeline.core.records import Evaluation, Stamp, StoredFile, TeacherSummary
 
 PARTIAL = ".partial"
 FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """32 hex digits of the SHA-256 of a JSON-able value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -52,7 +52,7 @@ def libraries(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """The one way a file becomes final: written under another name, fsynced, renamed.
 
     write: gets the temporary path. A file under its final name is therefore complete.
@@ -81,13 +81,13 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_file(path, lambda partial: partial.write_text(text))
 
 
 @contextlib.contextmanager
-def lock(data: Path, stage: str) -> Iterator[None]:
+def lock(data: Path, stage: str) -> Generator[None]:
     """Hold data/ for one writing command. The kernel lets go of it when the process dies.
 
     Raises PipelineError naming who holds it.
@@ -129,13 +129,17 @@ def read_stamp(out: Path, stage: str) -> Stamp:
             f"no {out / STAMP_FILE}. Run `pipeline {command(stage)}` first."
         ) from None
     except ValidationError as error:
-        keys = ", ".join(sorted({".".join(map(str, e["loc"])) or "all" for e in error.errors()}))
-        raise _damaged(out, stage, f"missing, unknown or wrong in it: {keys}") from None
+        raise _damaged(out, stage, _wrong_keys(error)) from None
     except ValueError as error:
         raise _damaged(out, stage, str(error)) from None
     if sealed(values)["digest"] != stamp.digest:
         raise _damaged(out, stage, "it does not fit its own digest")
     return stamp
+
+
+def _wrong_keys(error: ValidationError) -> str:
+    keys = sorted({".".join(map(str, e["loc"])) or "all" for e in error.errors()})
+    return f"missing, unknown or wrong in it: {', '.join(keys)}"
 
 
 def _damaged(out: Path, stage: str, reason: str) -> PipelineError:
@@ -160,11 +164,19 @@ def summary_of(stamp: Stamp) -> TeacherSummary:
     try:
         return TeacherSummary.model_validate(stamp.summary)
     except ValidationError as error:
-        keys = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
         raise PipelineError(
-            f"the summary in data/teacher's {STAMP_FILE} is wrong: {keys}. Delete data/teacher and "
-            f"run `pipeline {command(stamp.stage)}`."
+            f"the summary in data/teacher's {STAMP_FILE} is damaged ({_wrong_keys(error)}). Delete "
+            f"data/teacher and run `pipeline {command(stamp.stage)}`."
         ) from None
+
+
+def evaluation_of(data: Path) -> Evaluation:
+    """The metrics of data/evaluation. Raises PipelineError where it has not been made."""
+    stamp = stamp_of(data, "evaluation")
+    try:
+        return Evaluation.model_validate(stamp.summary)
+    except ValidationError as error:
+        raise _damaged(data / "evaluation", stamp.stage, _wrong_keys(error)) from None
 
 
 def content(stamp: Stamp) -> str:
@@ -172,7 +184,7 @@ def content(stamp: Stamp) -> str:
     return digest({name: file.sha256 for name, file in stamp.files.items()})
 
 
-def contents(stamps: dict[str, Stamp]) -> dict[str, JsonValue]:
+def contents(stamps: dict[str, Stamp]) -> dict[str, Any]:
     """Folder -> content: the inputs of a recipe."""
     return {folder: content(stamp) for folder, stamp in stamps.items()}
 

@@ -5,7 +5,13 @@ Each is documented here and nowhere else. What goes to disk as JSON is a record'
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +49,11 @@ class StoredFile(Record):
 
 
 class Recipe(Record):
-    """Everything that decides a stage's bytes; the libraries are recorded elsewhere."""
+    """Everything that decides a stage's bytes, JSON-able; libraries are recorded elsewhere."""
 
-    parameters: dict[str, JsonValue] = {}  # of params.yaml, and contents of files they name
+    parameters: dict[str, Any] = {}  # of params.yaml, and contents of files they name
     versions: dict[str, int] = {}  # of the modules that decide bytes
-    inputs: dict[str, JsonValue] = {}  # what the stage reads -> digest; folders of data/ by name
+    inputs: dict[str, Any] = {}  # what the stage reads -> digest; folders of data/ by name
 
 
 class Part(Record):
@@ -155,3 +161,98 @@ class Sample(NamedTuple):
     flip: bool  # left and right, after the crop
     target: "np.ndarray"  # (E,) float32, unit length: the teacher's embedding of this view
     text: "np.ndarray | None"  # (E,) float32, unit length: of one caption, where one is read
+
+
+class Metric(Record):
+    """One number of an evaluation beside what it must be compared with."""
+
+    value: float
+    low: float  # 95 % interval, over images
+    high: float
+    floor: float | None = None  # what no learning gets: the mean embedding, chance
+    ceiling: float | None = None  # what the teacher gets, or a perfect score
+    centre: float | None = None  # what always answering the centre of the view gets
+
+    def share(self, value: float) -> float:
+        """The part of the way from floor (0) to ceiling (1) at which a value lies.
+
+        Raises ValueError without floor or ceiling, ZeroDivisionError where they are equal.
+        """
+        if self.floor is None or self.ceiling is None:
+            raise ValueError("this metric has no floor or no ceiling")
+        return (value - self.floor) / (self.ceiling - self.floor)
+
+    def beside(self, **ends: float) -> "Metric":
+        """The same with floor, ceiling or centre."""
+        return Metric(**self.model_dump() | ends)
+
+
+class MetricGroup(Record):
+    """What is measured of one thing. On disk one flat object: facts and metrics by name."""
+
+    metrics: dict[str, Metric] = {}
+    facts: dict[str, int | float | str] = {}  # how much was measured, what is worst
+    left_out: str | None = None  # why nothing is
+
+    def __getitem__(self, name: str) -> Metric:
+        return self.metrics[name]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.keys() <= cls.model_fields.keys():
+            return values
+        facts = dict(values)
+        metrics = {name: facts.pop(name) for name, x in values.items() if isinstance(x, dict)}
+        return {"metrics": metrics, "left_out": facts.pop("left_out", None), "facts": facts}
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        metrics = {
+            name: metric.model_dump(exclude_none=True) for name, metric in self.metrics.items()
+        }
+        left_out = {} if self.left_out is None else {"left_out": self.left_out}
+        return self.facts | metrics | left_out
+
+
+class MeasuredCheckpoint(Record):
+    """Which weights of a training run were kept."""
+
+    which: str
+    step: int
+    val_cosine: float | None
+
+
+class Evaluation(Record):
+    """The summary of data/evaluation, and its metrics.json."""
+
+    checkpoint: MeasuredCheckpoint | None = None  # null for an imported student
+    split: str
+    images: int
+    undecodable: int
+    near_training: MetricGroup
+    fidelity: MetricGroup
+    student_to_teacher: MetricGroup
+    text_to_image: MetricGroup | None = None  # where images have captions
+    box_search: MetricGroup | None = None  # where 8 images have a box of one text
+    pointing: MetricGroup | None = None  # where images have boxes
+    zero_shot: MetricGroup | None = None  # where images have labels
+    segmentation: MetricGroup | None = None  # where images have masks
+
+    def groups(self) -> dict[str, MetricGroup]:
+        """Those that were measured, by name, in the order in which they are shown."""
+        values = {name: getattr(self, name) for name in Evaluation.model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, MetricGroup)}
+
+    def to_json(self) -> dict[str, Any]:
+        """What metrics.json holds."""
+        return self.model_dump(exclude_none=True)
+
+    def values(self) -> dict[str, int | float]:
+        """All numbers under names with dots, such as fidelity.cosine: for the table of runs."""
+        flat: dict[str, int | float] = {"images": self.images, "undecodable": self.undecodable}
+        for name, group in self.groups().items():
+            numbers = {key: x for key, x in group.facts.items() if isinstance(x, int | float)}
+            flat |= {f"{name}.{key}": x for key, x in numbers.items()}
+            flat |= {f"{name}.{key}": metric.value for key, metric in group.metrics.items()}
+        return flat

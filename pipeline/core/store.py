@@ -166,6 +166,7 @@ class Store:
 def entry_of(stored: str, size: int) -> Entry:
     """What a stored name says of a file of so many bytes."""
     match = _STORED.fullmatch(stored)
+    assert match, stored
     return Entry(
         name=match["stem"] + match["suffix"], origin=match["origin"], round=int(match["round"]),
         good=int(match["good"]), sha256=match["sha256"], bytes=size,

@@ -8,7 +8,7 @@ write by themselves.
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
@@ -43,7 +43,7 @@ def fail(message: str) -> None:
     print(f"\x1b[31m{line}\x1b[0m" if stream.isatty() else line, file=stream)
 
 
-def output() -> TextIO:
+def output() -> Any:
     """Standard output for text that a program may read: csv, json."""
     return _Plain(sys.stdout, printable) if sys.stdout.isatty() else sys.stdout
 
@@ -66,7 +66,7 @@ def _coloured(text: str) -> str:
 class _Plain:
     """A text stream whose text passes through a filter; everything else is the stream's own."""
 
-    def __init__(self, stream: TextIO, plain):
+    def __init__(self, stream: TextIO, plain: Callable[[str], str]):
         self._stream, self._plain = stream, plain
 
     def write(self, text: str) -> int:
@@ -77,7 +77,7 @@ class _Plain:
         for line in lines:
             self.write(line)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 

@@ -68,7 +68,7 @@ class Work:
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
-    def commit(self, name: str, write: Callable[[Path], None]) -> None:
+    def commit(self, name: str, write: Callable[[Path], object]) -> None:
         """Finish one file of the work folder; the only door through which one gets there."""
         (self.folder / STAMP_FILE).unlink(missing_ok=True)  # a finished run's no longer
         write_file(self.folder / name, write)

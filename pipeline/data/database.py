@@ -72,8 +72,13 @@ def confined(data: Path, memory: str = MEMORY) -> duckdb.DuckDBPyConnection:
     there is no folder to spill into. Embeddings, float16 in the shards, are lists of float32.
     Raises PipelineError for a damaged shard.
     """
-    config = {"temp_directory": "", "memory_limit": memory, "python_enable_replacements": "false"}
-    connection = duckdb.connect(config=config)
+    connection = duckdb.connect(
+        config={
+            "temp_directory": "",
+            "memory_limit": memory,
+            "python_enable_replacements": "false",
+        }
+    )
     for table, (shards, command) in TABLES.items():
         if paths := sorted(data.glob(shards)):
             connection.register(
@@ -144,7 +149,7 @@ def ask(
         raise PipelineError(reason(error)) from None
 
 
-def _quoted(value) -> str:
+def _quoted(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 

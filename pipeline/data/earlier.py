@@ -45,7 +45,9 @@ class EarlierRows:
                     here = rows[(rows >= starts[group]) & (rows < starts[group + 1])]
                     table = file.read_row_group(int(group), [self.key, *known])
                     table = table.take(pa.array(here - starts[group]))
-                    same = pc.is_in(table[self.key], value_set=pa.array(keys, pa.string()))
+                    same = pc.is_in(  # ty: ignore[missing-attribute]
+                        table[self.key], value_set=pa.array(keys, pa.string())
+                    )
                     yield made, self._complete(table.filter(same), columns)  # a hash may be shared
 
     def _complete(self, table: pa.Table, columns: list[str]) -> pa.Table:

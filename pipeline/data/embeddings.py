@@ -86,7 +86,7 @@ def training_mean(data: Path) -> np.ndarray:
     total, count = 0.0, 0
     for vectors in training_vectors(data):
         total, count = total + vectors.sum(axis=0, dtype=np.float64), count + len(vectors)
-    return (total / count).astype(np.float32)
+    return np.asarray(total / count, np.float32)
 
 
 def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], list, np.ndarray]:

@@ -32,7 +32,7 @@ class View(NamedTuple):
     @property
     def box(self) -> tuple[float, float, float, float]:
         """(left, top, right, bottom)."""
-        return self[:4]
+        return self.left, self.top, self.right, self.bottom
 
 
 def canonical_view(
@@ -52,7 +52,7 @@ def canonical_view(
         resized = int(image_size * long / short)
         corner = round((resized - image_size) / 2)
         start, end = (min(p * long / resized, long) for p in (corner, corner + image_size))
-    start, end = map(float, np.float32([start, end]))
+    start, end = float(np.float32(start)), float(np.float32(end))
     if width > height:
         return View(start, 0.0, end, float(height), False)
     return View(0.0, start, float(width), end, False)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
 import numpy as np
 
+from pipeline.core.records import Metric, MetricGroup
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors, unit_rows
 from pipeline.evaluation.metrics import mean_interval
@@ -26,8 +28,8 @@ class Block(NamedTuple):
     right: np.ndarray  # (t, n) bool: the image has a box of the text
 
 
-def box_search_figures(data: Path, index: Path) -> dict[str, dict]:
-    """precision@8 over the texts of boxes, and that of the worst text; {} where no text has 8 images.
+def box_search_figures(data: Path, index: Path) -> MetricGroup | None:
+    """precision@8 over the texts of boxes, and of the worst text; None where no text has 8 images.
 
     Beside each the share of images that hold the thing (floor) and the teacher's own precision
     (ceiling). index: folder of the student's vectors. Memory is that of a block of images.
@@ -36,7 +38,7 @@ def box_search_figures(data: Path, index: Path) -> dict[str, dict]:
     connection = database.connect(data, index)
     frequent = connection.execute(FREQUENT, [stored, DEPTH, MOST_TEXTS]).fetchall()
     if not frequent:
-        return {}
+        return None
     texts = sorted(text for text, _ in frequent)
     names, _, vectors = text_vectors(data, "image_id IS NULL AND list_contains(?, text)", [texts])
     queries = vectors[[names.index(text) for text in texts]]  # (t, E)
@@ -48,27 +50,31 @@ def box_search_figures(data: Path, index: Path) -> dict[str, dict]:
         images, right = images + block.right.shape[1], right + block.right.sum(axis=1)
     student, teacher = by_student.precision(), by_teacher.precision()
     worst = int(student.argmin())
-    floor = float((right / images).mean())
-    return {
+    mean, least = mean_interval(student), float(student[worst])
+    metrics = {
+        f"precision@{DEPTH}": mean.beside(
+            floor=float((right / images).mean()), ceiling=float(teacher.mean())
+        ),
+        f"worst_precision@{DEPTH}": Metric(
+            value=least,
+            low=least,  # one search: there is nothing to draw again
+            high=least,
+            floor=float(right[worst] / images),
+            ceiling=float(teacher.min()),
+        ),
+    }
+    facts = {
         "texts": len(texts),
-        f"precision@{DEPTH}": mean_interval(student)
-        | {"floor": floor, "ceiling": float(teacher.mean())},
-        f"worst_precision@{DEPTH}": {
-            "value": float(student[worst]),
-            "low": float(student[worst]),  # one search: there is nothing to draw again
-            "high": float(student[worst]),
-            "floor": float(right[worst] / images),
-            "ceiling": float(teacher.min()),
-        },
         "worst_text": texts[worst],
         "worst_text_of_the_teacher": texts[int(teacher.argmin())],
     }
+    return MetricGroup(metrics=metrics, facts=facts)
 
 
 class Best:
     """The k best images of each of t texts, of all blocks so far, and which of them are right."""
 
-    def __init__(self, texts: int, k: int):
+    def __init__(self, texts: int, k: int) -> None:
         self.scores = np.full((texts, k), -np.inf, np.float32)
         self.right = np.zeros((texts, k), bool)
 
@@ -85,7 +91,9 @@ class Best:
         return self.right.mean(axis=1)
 
 
-def _blocks(connection, index: Path, texts: list[str]) -> Iterator[Block]:
+def _blocks(
+    connection: duckdb.DuckDBPyConnection, index: Path, texts: list[str]
+) -> Iterator[Block]:
     number = {text: i for i, text in enumerate(texts)}
     found = connection.sql(PAIRS, params=[str(index.resolve() / "*.parquet")])
     for batch in found.to_arrow_reader(10_000):

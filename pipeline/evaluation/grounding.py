@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.core.records import Metric, MetricGroup
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.evaluation import metrics
@@ -21,8 +22,8 @@ VIEWS = 'SELECT image_id, "left", top, "right", bottom FROM teacher WHERE view =
 
 def pointing_figures(
     data: Path, split: str, student: Student, batch: int, workers: int
-) -> dict[str, dict]:
-    """Pointing accuracy and energy in the box over a split, or {} where it has no boxes.
+) -> MetricGroup | None:
+    """Pointing accuracy and energy in the box over a split, or None where it has no boxes.
 
     Twice: by the plain cosine of patch and text, and centred, by what tells the text apart from the
     mean of all stored texts that belong to no single image. All texts of a teacher share most of
@@ -37,7 +38,7 @@ def pointing_figures(
     connection = database.connect(data)
     boxes = dict(connection.execute(BOXES).fetchall())
     if not boxes:
-        return {}
+        return None
     views = {key: box for key, *box in connection.execute(VIEWS).fetchall()}
     texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
     vector_of = dict(zip(texts, vectors, strict=True))
@@ -58,20 +59,20 @@ def pointing_figures(
                     activation = asked @ image_patches.T  # (r, N)
                     rates = metrics.pointing(activation, inside)
                     found[name].append(rates | {"centre": centre})
-    return _figures(found, np.array(owners)) if owners else {}
+    return _figures(found, np.array(owners)) if owners else None
 
 
-def _figures(found: dict[str, list[dict]], owners: np.ndarray) -> dict:
+def _figures(found: dict[str, list[dict]], owners: np.ndarray) -> MetricGroup:
     """What was found image by image -> figures; owners (r,): the image of each text."""
-    figures: dict = {"pairs": len(owners)}
+    group: dict[str, Metric] = {}
     for name, parts in found.items():
         rates = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         ends = {"floor": float(rates["area"].mean()), "ceiling": float(rates["reachable"].mean())}
-        figures[name] = metrics.share_interval(rates["hit"], owners) | ends
-        figures[name]["centre"] = float(rates["centre"].mean())
-        energy = name.replace("pointing", "energy")
-        figures[energy] = metrics.mean_interval(rates["energy"], owners) | ends
-    return figures
+        hits = metrics.share_interval(rates["hit"], owners)
+        group[name] = hits.beside(**ends, centre=float(rates["centre"].mean()))
+        energy = metrics.mean_interval(rates["energy"], owners)
+        group[name.replace("pointing", "energy")] = energy.beside(**ends)
+    return MetricGroup(metrics=group, facts={"pairs": len(owners)})
 
 
 def _corners_by_text(boxes: list[dict], stored: dict) -> dict[str, np.ndarray]:
@@ -103,8 +104,7 @@ def patch_centres(grid: int, view: list[float]) -> tuple[np.ndarray, np.ndarray]
 
 
 @torch.inference_mode()
-def _patches(student: Student, pixels: np.ndarray) -> np.ndarray:
+def _patches(student: Student, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     """(b, S, S, 3) uint8 -> (b, N, E) float32, unit length."""
-    tensor = torch.from_numpy(pixels).to(student.mean.device).permute(0, 3, 1, 2)
-    patches = student.patch_embeddings(student.normalise(tensor))
+    patches = student.patch_embeddings(student.as_input(np.asarray(pixels)))
     return torch.nn.functional.normalize(patches.float(), dim=-1).cpu().numpy()

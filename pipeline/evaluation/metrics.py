@@ -6,8 +6,10 @@ nothing but the mean. The ceiling is the teacher itself. n images, E embedding s
 
 import numpy as np
 
+from pipeline.core.records import Metric, MetricGroup
 
-def mean_interval(values: np.ndarray, owners: np.ndarray | None = None) -> dict[str, float]:
+
+def mean_interval(values: np.ndarray, owners: np.ndarray | None = None) -> Metric:
     """Mean and its 95 % interval, by the normal approximation; one owner has no width.
 
     owners (n,): the image that each value belongs to; None: each to one of its own. Images are
@@ -18,10 +20,10 @@ def mean_interval(values: np.ndarray, owners: np.ndarray | None = None) -> dict[
     sums, mean = _residual_sums(values, owners), values.mean()
     n = len(sums)
     half = 1.96 * np.sqrt(n / (n - 1) * (sums**2).sum()) / len(values) if n > 1 else 0.0
-    return {"value": float(mean), "low": float(mean - half), "high": float(mean + half)}
+    return Metric(value=float(mean), low=float(mean - half), high=float(mean + half))
 
 
-def share_interval(hits: np.ndarray, owners: np.ndarray | None = None) -> dict[str, float]:
+def share_interval(hits: np.ndarray, owners: np.ndarray | None = None) -> Metric:
     """Share of hits, each in [0, 1], and its 95 % interval, by Wilson's score (1927).
 
     owners (n,): the image that each hit belongs to, as in `mean_interval`: the interval is that of
@@ -32,7 +34,7 @@ def share_interval(hits: np.ndarray, owners: np.ndarray | None = None) -> dict[s
     n = _independent(hits, owners)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return {"value": share, "low": float(centre - half), "high": float(centre + half)}
+    return Metric(value=share, low=float(centre - half), high=float(centre + half))
 
 
 def _independent(hits: np.ndarray, owners: np.ndarray | None) -> float:
@@ -62,7 +64,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(axis=-1) / np.maximum(lengths, 1e-12)
 
 
-def fidelity(student: np.ndarray, teacher: np.ndarray, mean: np.ndarray) -> dict[str, dict]:
+def fidelity(student: np.ndarray, teacher: np.ndarray, mean: np.ndarray) -> MetricGroup:
     """Distance of student to teacher vectors, (n, E) each; mean (E,) of the training targets.
 
     cosine; l1_norm100: mean absolute difference of unit vectors times 100, the published loss;
@@ -71,13 +73,15 @@ def fidelity(student: np.ndarray, teacher: np.ndarray, mean: np.ndarray) -> dict
     unit = student / np.linalg.norm(student, axis=1, keepdims=True).clip(1e-12)
     constant = np.broadcast_to(mean / np.linalg.norm(mean), teacher.shape)
     centred = cosine(unit - mean, teacher - mean)
-    return {
-        "cosine": mean_interval(cosine(unit, teacher))
-        | {"floor": float(cosine(constant, teacher).mean()), "ceiling": 1.0},
-        "l1_norm100": mean_interval(100 * np.abs(unit - teacher).mean(axis=1))
-        | {"floor": float(100 * np.abs(constant - teacher).mean()), "ceiling": 0.0},
-        "centred_cosine": mean_interval(centred) | {"floor": 0.0, "ceiling": 1.0},
+    l1 = mean_interval(100 * np.abs(unit - teacher).mean(axis=1))
+    metrics = {
+        "cosine": mean_interval(cosine(unit, teacher)).beside(
+            floor=float(cosine(constant, teacher).mean()), ceiling=1.0
+        ),
+        "l1_norm100": l1.beside(floor=float(100 * np.abs(constant - teacher).mean()), ceiling=0.0),
+        "centred_cosine": mean_interval(centred).beside(floor=0.0, ceiling=1.0),
     }
+    return MetricGroup(metrics=metrics)
 
 
 def pointing(activation: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,10 +96,10 @@ def pointing(activation: np.ndarray, inside: np.ndarray) -> dict[str, np.ndarray
     """
     positive = activation.clip(0)
     return {
-        "hit": inside[np.arange(len(inside)), activation.argmax(axis=1)],
+        "hit": np.take_along_axis(inside, activation.argmax(axis=1)[:, None], axis=1)[:, 0],
         "energy": (positive * inside).sum(axis=1) / positive.sum(axis=1).clip(1e-12),
-        "area": inside.mean(axis=1),
-        "reachable": inside.any(axis=1),
+        "area": np.asarray(inside.mean(axis=1)),
+        "reachable": np.asarray(inside.any(axis=1)),
     }
 
 

@@ -4,12 +4,14 @@ n images, q queries, E embedding size. Images are the unit of every interval: ca
 succeed and fail together.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.core.records import Metric, MetricGroup
 from pipeline.data.embeddings import text_vectors, training_vectors
 from pipeline.evaluation.metrics import cosine, mean_interval, share_interval
 
@@ -49,27 +51,28 @@ def hits_at(k: int, ranks: Ranks) -> np.ndarray:
     return ((k - ranks.above) / ranks.tied).clip(0, 1)
 
 
-def recall(
-    ranks: Ranks, gallery_size: int, owners: np.ndarray | None = None
-) -> dict[str, dict[str, float]]:
+def recall(ranks: Ranks, gallery_size: int, owners: np.ndarray | None = None) -> dict[str, Metric]:
     """R@1, R@5, R@10 with chance as the floor; owners (q,): the image of each query."""
     return {
-        f"R@{k}": share_interval(hits_at(k, ranks), owners) | {"floor": min(1.0, k / gallery_size)}
+        f"R@{k}": share_interval(hits_at(k, ranks), owners).beside(floor=min(1.0, k / gallery_size))
         for k in DEPTHS
     }
 
 
-def image_retrieval(student: np.ndarray, teacher: np.ndarray) -> dict[str, dict]:
+def image_retrieval(student: np.ndarray, teacher: np.ndarray) -> MetricGroup:
     """The student's vector of an image among the teacher's vectors of all images, (n, E) both."""
     own = np.arange(len(teacher))
-    return _with_ceiling(
+    metrics = _with_ceiling(
         recall(ranks_of_own(student, teacher, own), len(teacher)),
         recall(ranks_of_own(teacher, teacher, own), len(teacher)),
     )
+    return MetricGroup(metrics=metrics)
 
 
-def text_retrieval(data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray) -> dict:
-    """A caption among the images, or {} where no image of these has one.
+def text_retrieval(
+    data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray
+) -> MetricGroup | None:
+    """A caption among the images, or None where no image of these has one.
 
     ids: of n images; student, teacher: (n, E) unit vectors. The ceiling is the teacher.
     """
@@ -77,20 +80,20 @@ def text_retrieval(data: Path, ids: list[str], student: np.ndarray, teacher: np.
     texts, text_ids, vectors = text_vectors(data, "image_id IS NOT NULL", [])
     mine = [i for i, key in enumerate(text_ids) if key in row_of]
     if not mine:
-        return {}
+        return None
     own, vectors = np.array([row_of[text_ids[i]] for i in mine]), vectors[mine]
     by_student, by_teacher = (
         recall(ranks_of_own(vectors, side, own), len(ids), own) for side in (student, teacher)
     )
-    return _with_ceiling(by_student, by_teacher) | {
-        "queries": len(mine),
-        "distinct_texts": len({texts[i] for i in mine}),
+    metrics = _with_ceiling(by_student, by_teacher) | {
         "overlap@10": _overlap(vectors, student, teacher, own),
         "rank_correlation": _rank_correlation(vectors, student, teacher, own),
     }
+    counts = {"queries": len(mine), "distinct_texts": len({texts[i] for i in mine})}
+    return MetricGroup(metrics=metrics, facts=counts)
 
 
-def near_training_images(data: Path, vectors: np.ndarray) -> dict:
+def near_training_images(data: Path, vectors: np.ndarray) -> MetricGroup:
     """Share of held-out images whose nearest training image is above each cosine of NEAR.
 
     vectors (n, E): the teacher's, of the held-out images. What is above .95 is in training almost
@@ -102,7 +105,8 @@ def near_training_images(data: Path, vectors: np.ndarray) -> dict:
     for block in training_vectors(data):
         np.maximum(nearest, (vectors[some] @ block.T).max(axis=1), out=nearest)
     shares = {f"above_{limit:.2f}": share_interval(nearest > limit) for limit in NEAR}
-    return {"images": len(some), "median_cosine": float(np.median(nearest))} | shares
+    counts = {"images": len(some), "median_cosine": float(np.median(nearest))}
+    return MetricGroup(metrics=shares, facts=counts)
 
 
 def overlap_at(k: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -129,24 +133,33 @@ def _mean_ranks(scores: np.ndarray) -> np.ndarray:
     return (below + up_to) / 2
 
 
-def _with_ceiling(student: dict, teacher: dict) -> dict:
-    return {k: figure | {"ceiling": teacher[k]["value"]} for k, figure in student.items()}
+def _with_ceiling(student: dict[str, Metric], teacher: dict[str, Metric]) -> dict[str, Metric]:
+    return {k: metric.beside(ceiling=teacher[k].value) for k, metric in student.items()}
 
 
-def _overlap(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray, own) -> dict:
+def _overlap(
+    texts: np.ndarray, student: np.ndarray, teacher: np.ndarray, own: np.ndarray
+) -> Metric:
     """Agreement of the ten best images of a text, by student and by teacher."""
     shares = _per_text(partial(overlap_at, 10), texts, student, teacher)
-    return mean_interval(shares, own) | {"floor": min(1.0, 10 / len(student)), "ceiling": 1.0}
+    return mean_interval(shares, own).beside(floor=min(1.0, 10 / len(student)), ceiling=1.0)
 
 
-def _rank_correlation(texts: np.ndarray, student: np.ndarray, teacher: np.ndarray, own) -> dict:
+def _rank_correlation(
+    texts: np.ndarray, student: np.ndarray, teacher: np.ndarray, own: np.ndarray
+) -> Metric:
     """Agreement on the order of all images for a text; of RANKED texts, evenly spaced, at most."""
     some = np.linspace(0, len(texts) - 1, min(len(texts), RANKED)).round().astype(int)
     agreement = _per_text(rank_correlation, texts[some], student, teacher)
-    return mean_interval(agreement, own[some]) | {"floor": 0.0, "ceiling": 1.0}
+    return mean_interval(agreement, own[some]).beside(floor=0.0, ceiling=1.0)
 
 
-def _per_text(measure, texts: np.ndarray, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+def _per_text(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    texts: np.ndarray,
+    student: np.ndarray,
+    teacher: np.ndarray,
+) -> np.ndarray:
     """A measure of two score matrices for all texts; blocks of them bound the memory."""
     blocks = np.array_split(texts, -(-len(texts) // 256))
     return np.concatenate([measure(block @ student.T, block @ teacher.T) for block in blocks])

@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def class_scores(
-    patches: Tensor, images: Tensor, groups: list[list[int]], size: tuple[int, int], weight: float
+    patches: Tensor, images: Tensor, groups: list[list[int]], size: tuple[int, ...], weight: float
 ) -> tuple[Tensor, Tensor]:
     """Scores (n, K, h, w) of the labels and the largest cosine (n, h, w) to any prompt.
 
@@ -65,7 +65,7 @@ def segment(
     patches: Tensor,
     images: Tensor,
     groups: list[list[int]],
-    size: tuple[int, int],
+    size: tuple[int, ...],
     weight: float = 0.0,
     threshold: float | None = None,
 ) -> Tensor:
@@ -144,7 +144,13 @@ def _some(values: Tensor, most: int = 2**24) -> Tensor:
     return values[:: -(-len(values) // most)]
 
 
-def _binned_confusion(cosines, masks, groups, weight: float, limits: Tensor) -> np.ndarray:
+def _binned_confusion(
+    cosines: Cosines,
+    masks: list[np.ndarray],
+    groups: list[list[int]],
+    weight: float,
+    limits: Tensor,
+) -> np.ndarray:
     """(limits + 1, K, K) pixels by how many limits lie below their largest cosine, truth, label."""
     count, bins = len(groups), len(limits) + 1
     total = torch.zeros(bins * count * count, dtype=torch.long, device=limits.device)

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,8 @@ def has_masks(data: Path) -> bool:
     if "mask" not in {name for name, *_ in connection.execute("DESCRIBE images").fetchall()}:
         return False
     asked = "SELECT count(*) FROM images JOIN selection USING (image_id) WHERE keep AND mask IS NOT NULL"
-    return bool(connection.execute(asked).fetchone()[0])
+    ((count,),) = connection.execute(asked).fetchall()
+    return bool(count)
 
 
 def segmentation_figures(
@@ -107,7 +108,9 @@ class Asked:
     vectors: np.ndarray  # (P, E), unit length
 
     @classmethod
-    def of(cls, data: Path, labels: list[list[str]], vector_of) -> "Asked":
+    def of(
+        cls, data: Path, labels: list[list[str]], vector_of: Callable[[str], np.ndarray]
+    ) -> "Asked":
         """Stored vectors, and what vector_of makes of the prompts that are not stored."""
         prompts = [prompt for group in labels for prompt in group]
         where = "image_id IS NULL AND text IN (SELECT unnest(?::VARCHAR[]))"
@@ -128,7 +131,12 @@ class Source(NamedTuple):
 
 
 def by_student(
-    source: Source, split: str, masks: dict, asked: Asked, config: SegmentationConfig, student
+    source: Source,
+    split: str,
+    masks: dict,
+    asked: Asked,
+    config: SegmentationConfig,
+    student: Student,
 ) -> seg.Cosines:
     """What a student says of the images of these masks, in their order."""
     sized, vectors = student.resized(config.window), torch.from_numpy(asked.vectors)
@@ -155,7 +163,9 @@ def by_teacher(
 class _Judge:
     """The masks of val and of the split that is reported, and how cosines are judged by them."""
 
-    def __init__(self, masks: dict, split: str, groups: list[list[int]], config):
+    def __init__(
+        self, masks: dict, split: str, groups: list[list[int]], config: SegmentationConfig
+    ):
         self.masks = {name: list(by_id.values()) for name, by_id in masks.items()}
         self.split, self.groups = split, groups
         self.by_threshold = config.background == "threshold"
@@ -207,7 +217,9 @@ class _Judge:
         return seg.miou_interval(counts), choice
 
 
-def masks_of(data: Path, split: str, config, count: int) -> tuple[dict[str, dict], int]:
+def masks_of(
+    data: Path, split: str, config: SegmentationConfig, count: int
+) -> tuple[dict[str, dict], int]:
     """{split: {image_id: (h, w) labels}} of val and the split, and how many of it have no mask.
 
     count: of labels. Raises PipelineError for a mask with a value that names no class.
@@ -221,7 +233,9 @@ def masks_of(data: Path, split: str, config, count: int) -> tuple[dict[str, dict
     return masks, without
 
 
-def _labels(key: str, png: bytes, box: list[float], config, count: int) -> np.ndarray:
+def _labels(
+    key: str, png: bytes, box: list[float], config: SegmentationConfig, count: int
+) -> np.ndarray:
     """The part of a stored mask that view 0 shows: the pixels whose centres lie in its box."""
     left, top, right, bottom = (max(0, round(edge)) for edge in box)
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
@@ -237,12 +251,18 @@ def _labels(key: str, png: bytes, box: list[float], config, count: int) -> np.nd
     return mask
 
 
-def _cosines(source: Source, split: str, size: int, masks: dict, cosines_of) -> seg.Cosines:
+def _cosines(
+    source: Source,
+    split: str,
+    size: int,
+    masks: dict,
+    cosines_of: Callable[[np.ndarray], seg.Cosines],
+) -> seg.Cosines:
     """What cosines_of makes of the images with masks, seen at size px, in the masks' order."""
     dataset, found = Dataset(source.data, split, size, source.interpolation), {}
-    with closing(
-        held_out_batches(dataset, range(len(dataset)), source.batch, workers=source.workers)
-    ) as batches:
+    numbers = range(len(dataset))
+    seen: Any = held_out_batches(dataset, numbers, source.batch, workers=source.workers)
+    with closing(seen) as batches:
         for some in batches:
             asked = [i for i, key in enumerate(some.ids) if key in masks]
             if asked:

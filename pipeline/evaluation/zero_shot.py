@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.records import MetricGroup
 from pipeline.data.embeddings import labels_of, text_vectors
 from pipeline.data.texts import class_prompts, labels
 from pipeline.evaluation import metrics
@@ -12,30 +13,32 @@ from pipeline.evaluation import metrics
 
 def zero_shot_figures(
     data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray, templates: list[str]
-) -> dict:
-    """Share of images whose nearest class is their label, or {} where none has a label.
+) -> MetricGroup | None:
+    """Share of images whose nearest class is their label, or None where none has a label.
 
     ids: of n images; student, teacher: (n, E) their vectors. The classes are all labels of
     data/images. The floor is the share of the most frequent label: what the best answer that does
     not look at the image gets, and never less than chance. The ceiling is the teacher's share.
-    Where a class has no vector: {"left_out": why}.
+    Where a class has no vector the group says why it is left out.
     """
     label_of = labels_of(data, ids)
     labelled = [i for i, key in enumerate(ids) if key in label_of]
     if not labelled:
-        return {}
+        return None
     names = labels(data / "images")
     try:
         classes = class_vectors(data, names, templates)
     except PipelineError as error:
-        return {"left_out": str(error)}
+        return MetricGroup(left_out=str(error))
     number = {name: i for i, name in enumerate(names)}
     own = np.array([number[label_of[ids[i]]] for i in labelled])
     right = metrics.zero_shot(student[labelled], classes, own)
     ceiling = metrics.zero_shot(teacher[labelled], classes, own).mean()
-    ends = {"floor": float(np.bincount(own).max() / len(own)), "ceiling": float(ceiling)}
+    accuracy = metrics.share_interval(right).beside(
+        floor=float(np.bincount(own).max() / len(own)), ceiling=float(ceiling)
+    )
     counts = {"images": len(own), "classes": len(names), "templates": len(templates)}
-    return counts | {"accuracy": metrics.share_interval(right) | ends}
+    return MetricGroup(metrics={"accuracy": accuracy}, facts=counts)
 
 
 def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndarray:

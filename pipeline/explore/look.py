@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
@@ -91,7 +92,7 @@ def look_figure(seen: Look, out: Path) -> None:
         write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))
 
 
-def _weights_row(figure, axes, seen: Look) -> None:
+def _weights_row(figure: Figure, axes: np.ndarray, seen: Look) -> None:
     """The image, then every map of weights, with what can be measured of it."""
     mine = seen.student.weights
     panels = {f"student: patch weights\n{_entropy(mine)}": mine}
@@ -112,7 +113,7 @@ def _entropy(weights: np.ndarray) -> str:
     return f"entropy {entropy(weights):.2f} of {np.log2(weights.size):.2f} bits"
 
 
-def _activation_rows(figure, axes, seen: Look) -> None:
+def _activation_rows(figure: Figure, axes: np.ndarray, seen: Look) -> None:
     """A row per prompt: the image, then the cosine of each patch to it by each side."""
     sides = {"student": seen.student} | ({"teacher": seen.teacher} if seen.teacher else {})
     maps = [

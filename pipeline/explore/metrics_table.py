@@ -1,7 +1,9 @@
 """The metrics of an evaluation that matter, in words, as a table for people."""
 
+import re
 from typing import NamedTuple
 
+from pipeline.core.records import Evaluation, Metric
 from pipeline.core.terminal import table
 
 WORDS = {  # group and name of a metric -> what it says, in the order in which people ask
@@ -51,3 +53,33 @@ def metrics_text(metrics: dict) -> str:
         if key.endswith("left_out")
     ]
     return "\n".join([table(COLUMNS, headlines(metrics)), *left_out])
+
+
+def titled_metrics(measured: Evaluation) -> list[tuple[str, Metric]]:
+    """All metrics under their titles, such as `fidelity cosine`; R@5 before R@10."""
+    return [
+        (name if name.startswith(kind) else f"{kind} {name}", group[name])
+        for kind, group in measured.groups().items()
+        for name in sorted(group.metrics, key=_natural)
+    ]
+
+
+def reasons(measured: Evaluation) -> dict[str, str]:
+    """What is left out -> why: groups, and parts of them such as `segmentation teacher`."""
+    found = {}
+    for kind, group in measured.groups().items():
+        if group.left_out:
+            found[kind] = group.left_out
+        for name, fact in group.facts.items():
+            if name.endswith("_left_out"):
+                found[f"{kind} {name.removesuffix('_left_out')}"] = str(fact)
+    return found
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def number(value: float | None) -> str:
+    """Three digits, or nothing."""
+    return "" if value is None else f"{value:.3f}"

@@ -51,8 +51,11 @@ def patch_groups(
     how, groups = student.preprocessing.interpolation, []
     for number in range(min(count, len(dataset))):
         sample = dataset.sample(number)
+        pixels = dataset.pixels(sample)
+        if pixels is None:  # it does not decode
+            continue
         image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, how)
-        found = student_view(student, dataset.pixels(sample))
+        found = student_view(student, pixels)
         caption, texts = _texts_of(data, sample.image_id)
         tiles = [
             Tile(
@@ -72,7 +75,7 @@ def patch_groups(
 
 def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
     """An image's caption, and its box texts or else captions, as (text, vector, box or None)."""
-    caption, boxes = database.connect(data).execute(BOXES, [image_id]).fetchone()
+    ((caption, boxes),) = database.connect(data).execute(BOXES, [image_id]).fetchall()
     boxes = {box["text"]: box for box in boxes or []}
     names = list(boxes)
     texts, _, vectors = text_vectors(
@@ -96,7 +99,9 @@ def _weights_tile(image: np.ndarray, weights: np.ndarray, name: str) -> Tile:
     )
 
 
-def _text_tile(image: np.ndarray, cosines: np.ndarray, text: str, box, view) -> Tile:
+def _text_tile(
+    image: np.ndarray, cosines: np.ndarray, text: str, box: dict | None, view: tuple
+) -> Tile:
     low, high = cosines.min(), cosines.max()
     drawn = _boxed(plots.overlay(image, cosines, low, high), box, view)
     y, x = np.unravel_index(cosines.argmax(), cosines.shape)
@@ -114,7 +119,7 @@ def _teacher_tile(attention: np.ndarray, image: np.ndarray, weights: np.ndarray)
     return Tile(tile.uri, f"{tile.alt} {more.capitalize()}.", f"{tile.caption}, {more}")
 
 
-def _boxed(image: np.ndarray, box: dict | None, view: list[float]) -> np.ndarray:
+def _boxed(image: np.ndarray, box: dict | None, view: tuple) -> np.ndarray:
     """The image with a box outlined, where there is one; views for evaluation are not flipped."""
     if box is None:
         return image
@@ -131,21 +136,20 @@ def inside_views(student: Student, dataset: Dataset) -> tuple[list[dict], list[d
     [{title, text, tiles}]), measured on the first PASSED held-out images.
     """
     batch = next(held_out_batches(dataset, range(min(PASSED, len(dataset))), PASSED, workers=1))
-    device = student.mean.device
-    pixels = student.normalise(torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2))
+    pixels = student.as_input(np.asarray(batch.pixels))
     found = attention.look_inside(student, pixels)
     with torch.inference_mode():
         weights = student.outputs(pixels).patch_weights
     parts = [_distances(student, found), _norms(student, found)]
     groups = [
-        _rollout(student, found, weights, batch.pixels),
+        _rollout(student, found, weights, np.asarray(batch.pixels)),
         _positions(student),
         _filters(student),
     ]
     return parts, groups
 
 
-def _distances(student: Student, found) -> dict:
+def _distances(student: Student, found: attention.Inside) -> dict:
     distances = attention.mean_attention_distance(found.attention, student.config.patch_size)
     layers = distances.cpu().numpy()  # (L, H)
     means = ", ".join(f"{value:.0f}" for value in layers.mean(axis=1))
@@ -157,7 +161,7 @@ def _distances(student: Student, found) -> dict:
     } | report_charts.in_both_lights(partial(report_charts.distance_chart, layers))
 
 
-def _norms(student: Student, found) -> dict:
+def _norms(student: Student, found: attention.Inside) -> dict:
     norms = attention.patch_norms(student, found.tokens[-1]).cpu()
     share = attention.outlier_share(norms, OUTLIER)
     values, limit = norms.flatten().numpy(), float(OUTLIER * norms.median())
@@ -170,7 +174,9 @@ def _norms(student: Student, found) -> dict:
     } | report_charts.in_both_lights(partial(report_charts.histogram, values, "length", limit))
 
 
-def _rollout(student: Student, found, weights: torch.Tensor, pixels: np.ndarray) -> dict:
+def _rollout(
+    student: Student, found: attention.Inside, weights: torch.Tensor, pixels: np.ndarray
+) -> dict:
     """Where the embedding stems from: the pooled patches' attention, followed to the first layer."""
     rollout, count = attention.attention_rollout(found.attention), student.class_tokens
     pooled = weights[:, None] @ rollout[:, count:, count:]  # (B, 1, N)

@@ -7,7 +7,7 @@ import base64
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib
@@ -28,7 +28,7 @@ DPI = 160
 
 
 @contextmanager
-def style(dark: bool = False):
+def style(dark: bool = False) -> Iterator[dict[str, str]]:
     """Figures made inside look alike; a dark one has light lines on no background."""
     ink = "#e6e6e6" if dark else "#20242b"
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
@@ -66,7 +66,12 @@ def picture(ax: Axes, pixels: np.ndarray, title: str = "") -> None:
 
 
 def colour_bar(
-    figure: Figure, axes: Sequence[Axes], low: float, high: float, label: str, extend="neither"
+    figure: Figure,
+    axes: np.ndarray,
+    low: float,
+    high: float,
+    label: str,
+    extend: str = "neither",
 ) -> None:
     """The scale of `overlay`'s colours beside some axes; extend: `min` where it clips from below."""
     scale = ScalarMappable(Normalize(low, high), OVER_GREY)
@@ -93,7 +98,7 @@ def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels[..., None] > 0, mixed, grey).round().astype(np.uint8)
 
 
-def label_colour(label: int) -> tuple[int, int, int]:
+def label_colour(label: int) -> tuple[int, ...]:
     """RGB of a label; neighbours differ in hue by the golden ratio, each seven in lightness."""
     hue = (label * 0.618034) % 1.0
     value = (1.0, 0.75, 0.55)[label // 7 % 3]

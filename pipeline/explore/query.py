@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -101,12 +102,12 @@ def _end(seconds: float) -> None:
     os._exit(1)
 
 
-def _rows(answer) -> Iterator[tuple]:
+def _rows(answer: duckdb.DuckDBPyConnection) -> Iterator[tuple]:
     while rows := answer.fetchmany(1000):
         yield from rows
 
 
-def _table(answer) -> None:
+def _table(answer: duckdb.DuckDBPyConnection) -> None:
     rows = answer.fetchmany(SHOWN)
     more = len(answer.fetchmany(1)) > 0
     terminal.say(terminal.table([column[0] for column in answer.description], rows))
@@ -114,13 +115,13 @@ def _table(answer) -> None:
     terminal.say(f"({len(rows)} rows{end})")
 
 
-def _csv(answer) -> None:
+def _csv(answer: duckdb.DuckDBPyConnection) -> None:
     writer = csv.writer(terminal.output(), lineterminator="\n")
     writer.writerow([column[0] for column in answer.description])
     writer.writerows([v.hex() if isinstance(v, bytes) else v for v in row] for row in _rows(answer))
 
 
-def _json(answer) -> None:
+def _json(answer: duckdb.DuckDBPyConnection) -> None:
     """One object a line, which any tool reads as a stream."""
     names, out = [column[0] for column in answer.description], terminal.output()
     for row in _rows(answer):
@@ -128,7 +129,7 @@ def _json(answer) -> None:
         out.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """JSON has no bytes and no NaN."""
     if isinstance(value, list):
         return [_plain(element) for element in value]

@@ -38,7 +38,7 @@ class Queries:
     not do.
     """
 
-    def __init__(self, data: Path, card: Path | None = None):
+    def __init__(self, data: Path, card: Path | None = None) -> None:
         self.data, self.card = data, card
 
     @cached_property

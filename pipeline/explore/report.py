@@ -6,24 +6,24 @@ when they are passed in.
 """
 
 import csv
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import require_inputs, stamp_of, write_file
-from pipeline.core.records import Sample
+from pipeline.core.provenance import evaluation_of, require_inputs, write_file
+from pipeline.core.records import Evaluation, Metric, Sample
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
 from pipeline.data.pixels import decode
 from pipeline.explore import panels, plots, report_charts
 from pipeline.explore.licenses import licenses
-from pipeline.explore.metrics_table import headlines
+from pipeline.explore.metrics_table import headlines, number, reasons, titled_metrics
 from pipeline.explore.search import Collection, Hits, Query
 from pipeline.explore.segmented_scenes import painted_scenes
 from pipeline.explore.throughput import finished_runs, throughput
@@ -68,7 +68,7 @@ def write_report(
     data: Path,
     student: Student,
     index: Path,
-    found: dict,
+    measured: Evaluation,
     config: EvaluateConfig,
     *,
     by_teacher: Callable[[Sample], PatchView] | None = None,
@@ -77,7 +77,7 @@ def write_report(
 ) -> None:
     """Write the report to path.
 
-    index: folder of the student's index; found: the figures of `pipeline evaluate`. by_teacher:
+    index: folder of the student's index; measured: what `pipeline evaluate` found. by_teacher:
     what the teacher makes of a row, where its weights are here; notes: what is left out and why;
     runs: those that `pipeline.explore.throughput` finds.
     """
@@ -86,19 +86,19 @@ def write_report(
     )
     parts, groups = panels.inside_views(student, dataset)
     values = {
-        "found": found,
-        "summary": _summary(found, student),
-        "headlines": headlines(found),
+        "found": measured,
+        "summary": _summary(measured, student),
+        "headlines": headlines(measured.to_json()),
         "made": _made(data, student),
         "counts": _counts(data),
-        "quality": _quality(found),
+        "quality": _quality(measured),
         "curves": _curves(data / "student" / "training.csv"),
         "searches": _searches(Collection(data, index), config.prompts),
         "looked_at": panels.patch_groups(data, dataset, LOOKED_AT, student, by_teacher),
-        "scenes": painted_scenes(data, config, student, found.get("segmentation", {}), PAINTED),
+        "scenes": painted_scenes(data, config, student, _segmentation(measured), PAINTED),
         "charts_inside": parts,
         "tiles_inside": groups,
-        "runs": throughput(runs or [], found["fidelity"]["cosine"]["floor"]),
+        "runs": throughput(runs or [], measured.fidelity["cosine"].floor or 0.0),
         "notes": [ELSEWHERE] if notes is None else notes,
         "gradient": plots.gradient(),
     }
@@ -122,24 +122,29 @@ def report(
 
     Raises PipelineError before `pipeline evaluate`.
     """
-    found = stamp_of(data, "evaluation").summary
+    measured = evaluation_of(data)
     student, index = Student.load(data / "student"), data / "evaluation" / "index"
     runs = finished_runs(data)
-    write = partial(write_report, data=data, student=student, index=index, found=found)
+    write = partial(write_report, data=data, student=student, index=index, measured=measured)
     write_file(path, partial(write, config=config, by_teacher=by_teacher, notes=notes, runs=runs))
 
 
-def _summary(found: dict, student: Student) -> str:
-    cosine = found["fidelity"]["cosine"]
+def _segmentation(measured: Evaluation) -> dict[str, Any]:
+    """Its metrics and thresholds in one object; nothing where there are no masks."""
+    return measured.segmentation.model_dump() if measured.segmentation else {}
+
+
+def _summary(measured: Evaluation, student: Student) -> str:
+    cosine = measured.fidelity["cosine"]
     size = sum(parameter.numel() for parameter in student.parameters())
     return (
-        f"A student of {size / 1e6:.2f} million parameters. On {found['images']} held-out images "
-        f"its embedding has a cosine of {cosine['value']:.3f} to the teacher's; always answering "
-        f"the mean training embedding would give {cosine['floor']:.3f}."
+        f"A student of {size / 1e6:.2f} million parameters. On {measured.images} held-out images "
+        f"its embedding has a cosine of {cosine.value:.3f} to the teacher's; always answering "
+        f"the mean training embedding would give {cosine.floor:.3f}."
     )
 
 
-def _made(data: Path, student: Student) -> dict[str, dict]:
+def _made(data: Path, student: Student) -> dict[str, Any]:
     """Tables of names and values: teacher, student, training, and the stamps of every stage."""
     card = read_card(data / "student")
     stamps = require_inputs(data, "evaluate")
@@ -187,63 +192,44 @@ def _counts(data: Path) -> dict:
     }
 
 
-def _quality(found: dict) -> dict:
-    """The figures as rows, and a chart of those with floor and ceiling."""
-    rows = list(_figure_rows(found))
-    drawn = [
-        (name, figure)
-        for name, figure in rows
-        if abs(figure.get("ceiling", 0) - figure.get("floor", 0)) >= APART
-    ]
-    shares = ", ".join(
-        f"{name} {(f['value'] - f['floor']) / (f['ceiling'] - f['floor']):.0%}" for name, f in drawn
-    )
-    table = [
-        {
-            "name": name,
-            "meaning": next((MEANING[word] for word in name.split()[::-1] if word in MEANING), ""),
-            "value": _number(figure["value"]),
-            "interval": f"{_number(figure['low'])} to {_number(figure['high'])}"
-            if "low" in figure
-            else "",
-            "floor": _number(figure.get("floor")),
-            "ceiling": _number(figure.get("ceiling")),
-            "centre": _number(figure.get("centre")),
-        }
-        for name, figure in rows
-    ]
-    counts = {name: v for name, v in _flat(found).items() if isinstance(v, int)}
+def _quality(measured: Evaluation) -> dict:
+    """The metrics as rows, and a chart of those with floor and ceiling."""
+    rows = titled_metrics(measured)
+    drawn = [(title, metric) for title, metric in rows if _has_a_way(metric)]
+    shares = ", ".join(f"{title} {metric.share(metric.value):.0%}" for title, metric in drawn)
+    groups = measured.groups()
+    counts = {"images": measured.images, "undecodable": measured.undecodable} | {
+        f"{name}.{key}": count
+        for name, group in groups.items()
+        for key, count in group.facts.items()
+        if isinstance(count, int)
+    }
     return {
-        "table": table,
+        "table": [_row(title, metric) for title, metric in rows],
         "counts": counts,
-        "left_out": {
-            re.sub(r"\W|_?left_out", " ", k).strip(): v
-            for k, v in _flat(found).items()
-            if k.endswith("left_out")
-        },
+        "left_out": reasons(measured),
         "apart": APART,
         "alt": f"Share of the way from floor to ceiling: {shares}.",
     } | report_charts.in_both_lights(partial(report_charts.quality_chart, drawn))
 
 
-def _figure_rows(found: dict, prefix: str = ""):
-    """Every figure with a value, under its path, wherever it stands."""
-    for key, figure in sorted(found.items(), key=_natural):
-        if isinstance(figure, dict):
-            name = key if key.startswith(prefix) else f"{prefix} {key}"
-            if isinstance(figure.get("value"), int | float):
-                yield name, figure
-            else:
-                yield from _figure_rows(figure, name)
+def _has_a_way(metric: Metric) -> bool:
+    """Floor and ceiling are far enough apart for a share of the way between them."""
+    if metric.floor is None or metric.ceiling is None:
+        return False
+    return abs(metric.ceiling - metric.floor) >= APART
 
 
-def _natural(item: tuple[str, object]) -> list:
-    """R@5 before R@10, in whatever order the figures came."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _row(title: str, metric: Metric) -> dict[str, str]:
+    return {
+        "name": title,
+        "meaning": next((MEANING[word] for word in title.split()[::-1] if word in MEANING), ""),
+        "value": number(metric.value),
+        "interval": f"{number(metric.low)} to {number(metric.high)}",
+        "floor": number(metric.floor),
+        "ceiling": number(metric.ceiling),
+        "centre": number(metric.centre),
+    }
 
 
 def _curves(log: Path) -> list[dict]:
@@ -261,8 +247,12 @@ def _curves(log: Path) -> list[dict]:
         }
         points = {name: line for name, line in points.items() if line}
         if points:
-            steps = {name: [step for step, _ in line] for name, line in points.items()}
-            values = {name: [value for _, value in line] for name, line in points.items()}
+            steps: dict[str, Sequence[float]] = {
+                name: [step for step, _ in line] for name, line in points.items()
+            }
+            values: dict[str, Sequence[float]] = {
+                name: [value for _, value in line] for name, line in points.items()
+            }
             ends = ", ".join(
                 f"{name} from {line[0]:.3f} to {line[-1]:.3f}" for name, line in values.items()
             )

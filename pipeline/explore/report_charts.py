@@ -1,9 +1,11 @@
 """The report's charts: each function draws one, from plain numbers, and returns its PNG."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from pipeline.core.records import Metric
 from pipeline.explore import plots
 
 WIDTH, HEIGHT = 4.6, 2.7  # inches: readable on a phone at full width
@@ -35,19 +37,15 @@ def training_curve(
         return plots.png(figure, transparent=True)
 
 
-def quality_chart(rows: list[tuple[str, dict]], dark: bool) -> bytes:
+def quality_chart(rows: list[tuple[str, Metric]], dark: bool) -> bytes:
     """Each figure with its interval, as its share of the way from floor (0) to ceiling (1)."""
     with plots.style(dark) as colours:
         figure = plots.Figure(figsize=(WIDTH, 0.6 + 0.26 * len(rows)), layout="constrained")
         ax = figure.subplots()
-        for place, (_, figure_row) in enumerate(rows):
-            span = figure_row["ceiling"] - figure_row["floor"]
-            low, value, high = (
-                (figure_row.get(k, figure_row["value"]) - figure_row["floor"]) / span
-                for k in ("low", "value", "high")
-            )
-            ax.plot([low, high], [place, place], color=colours["student"], lw=3, alpha=0.5)
-            ax.plot([value], [place], "o", color=colours["student"], ms=5)
+        for line, (_, metric) in enumerate(rows):
+            interval = [metric.share(metric.low), metric.share(metric.high)]
+            ax.plot(interval, [line, line], color=colours["student"], lw=3, alpha=0.5)
+            ax.plot([metric.share(metric.value)], [line], "o", color=colours["student"], ms=5)
         ax.axvline(0, color=colours["floor"], ls="--", lw=1)
         ax.axvline(1, color=colours["teacher"], ls="--", lw=1)
         ax.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -123,6 +121,6 @@ def coloured(values: np.ndarray, low: float, high: float) -> np.ndarray:
     )
 
 
-def _chart():
+def _chart() -> tuple[plots.Figure, Any]:
     figure = plots.Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     return figure, figure.subplots()

@@ -10,8 +10,10 @@ import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.core import terminal
 from pipeline.core.errors import PipelineError
@@ -153,14 +155,15 @@ def search_figure(hits: Hits, out: Path) -> None:
     """Write a PNG: the student's best images above the teacher's, with scores and captions."""
     drawn = min(DRAWN, max(len(hits.student), len(hits.teacher)))
     with plots.style() as colours:
-        figure = plots.Figure(figsize=(max(1.5 * drawn, 4.5), 5.0), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08)  # inches, below the title
+        size = max(1.5 * drawn, 4.5), 5.0
+        figure = plots.Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.08))
         more = f", first {drawn} of {len(hits.student)}" if len(hits.student) > drawn else ""
         found = f"best of {hits.collection} images{more}"
         title = plots.wrapped(hits.title, 16 * drawn, lines=2)
         figure.suptitle(f"{title}\n{found}", fontsize=10)
         plots.footnotes(figure, hits.notes)
-        for strip, by in zip(figure.subfigures(2, 1), ("student", "teacher"), strict=True):
+        strips: Any = figure.subfigures(2, 1)
+        for strip, by in zip(strips, ("student", "teacher"), strict=True):
             strip.supylabel(f"by {by}", color=colours[by], fontsize=10)
             for ax, hit in zip(strip.subplots(1, drawn, squeeze=False)[0], getattr(hits, by)):  # noqa: B905
                 caption = plots.wrapped(hit.caption or hit.url, 20, lines=3)

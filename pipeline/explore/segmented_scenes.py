@@ -79,7 +79,9 @@ def painted_scenes(
     return groups
 
 
-def _pixels(data: Path, config, student: Student, masks: dict) -> dict[str, np.ndarray]:
+def _pixels(
+    data: Path, config: EvaluateConfig, student: Student, masks: dict
+) -> dict[str, np.ndarray]:
     """image_id -> (SHOWN, SHOWN, 3) uint8 of the images of these masks."""
     dataset = Dataset(data, config.split, SHOWN, student.preprocessing.interpolation)
     found = {}

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.data.pixels import decode
 from pipeline.explore import plots
 from pipeline.explore.query_vectors import Queries
-from pipeline.explore.search import Collection, Hit
+from pipeline.explore.search import Collection, Hit, Hits, Query
 from pipeline.models.patches import PatchView, entropy, in_shares, student_view
 
 try:
@@ -115,7 +116,7 @@ def make_app(data: Path, card: Path | None, hosts: list[str], token: str) -> Fas
     page = environment.from_string(source, globals={"thumbnail": _thumbnail, "root": f"/{token}"})
 
     @app.middleware("http")
-    async def harden(request: Request, call_next):
+    async def harden(request: Request, call_next: Callable) -> Response:
         first = request.url.path.removeprefix("/").partition("/")[0]
         known = secrets.compare_digest(first.encode(), token.encode())
         here = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
@@ -157,10 +158,10 @@ def make_app(data: Path, card: Path | None, hosts: list[str], token: str) -> Fas
 
 
 def _thumbnail(hit: Hit) -> str:
-    return plots.data_uri(plots.thumbnail(decode(hit.jpg), SHOWN // 2))
+    return plots.data_uri(plots.thumbnail(decode(hit.jpg or b""), SHOWN // 2))
 
 
-def _or_404(answer: Callable, *arguments):
+def _or_404(answer: Callable[..., Any], *arguments: str) -> Any:
     try:
         return answer(*arguments)
     except PipelineError as error:
@@ -170,7 +171,7 @@ def _or_404(answer: Callable, *arguments):
 class _Rooms:
     """What the pages show; one request at a time uses the networks."""
 
-    def __init__(self, data: Path, card: Path | None):
+    def __init__(self, data: Path, card: Path | None) -> None:
         self.queries, self.lock = Queries(data, card), threading.Lock()
         self.collection = Collection(data)
         self.queries.student  # noqa: B018  # a missing student is an error now, not at a click
@@ -180,7 +181,7 @@ class _Rooms:
     def __len__(self) -> int:
         return len(self.collection)
 
-    def search(self, text: str):
+    def search(self, text: str) -> Hits:
         return self.collection.search(self._query(text), HITS)
 
     def jpg(self, image_id: str) -> bytes:
@@ -226,6 +227,6 @@ class _Rooms:
             seen = student_view(student, self.queries.view(image, student.config.image_size))
         return self.queries.view(image, SHOWN), seen
 
-    def _query(self, text: str):
+    def _query(self, text: str) -> Query:
         with self.lock:
             return self.queries.text(text)

@@ -3,6 +3,7 @@ data/runs knows them. Speeds differ from run to run, so none of this is in an ou
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def throughput(runs: list[dict], floor: float) -> dict | None:
     """The runs as rows and a chart, over the cosine of always answering the mean; None without any."""
     if not runs:
         return None
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, Sequence[tuple[float, float]]] = {}
     for run in runs:
         point = run["images_per_second"], run["cosine"]
-        series.setdefault(run["series"], []).append(point)
+        series[run["series"]] = [*series.get(run["series"], ()), point]
     best = "; ".join(
         f"{name}, {len(points)} run{'s' * (len(points) > 1)}: cosine {cosine:.3f} at "
         f"{speed:.0f} images per second"

@@ -151,7 +151,9 @@ class ImageShards:
     def _rows(self, name: str) -> list[dict]:
         return pq.read_table(self.lists / name).to_pylist()
 
-    def _fetched(self, rows, known, came, earlier) -> Iterator[tuple[str, dict]]:
+    def _fetched(
+        self, rows: list[dict], known: dict, came: dict[str, dict], earlier: "_EarlierImages"
+    ) -> Iterator[tuple[str, dict]]:
         """(image_id, facts) of every image that is not known; what img2dataset lost is a row too."""
         asked = [row for row in rows if _has_image(row) and row["image_id"] not in known]
         tried = earlier.attempts(row["image_id"] for row in asked)

@@ -104,7 +104,7 @@ class FetchRules:
 class FetchError(Exception):
     """Why there is no image. As text `<status>: <detail>`, status one of STATUSES."""
 
-    def __init__(self, status: str, detail: str, final: bool = False, pause_s: float = 0.0):
+    def __init__(self, status: str, detail: str, final: bool = False, pause_s: float = 0.0) -> None:
         """final: trying again in this run would give the same answer.
 
         pause_s: how long the server wants to be left alone.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.core.errors import PipelineError
+from pipeline.models.blocks import Block
 from pipeline.models.student import Student
 
 
@@ -27,9 +28,10 @@ class Inside(NamedTuple):
 @torch.no_grad()
 def look_inside(student: Student, pixels: Tensor) -> Inside:
     """(B, 3, S, S) normalised float pixels -> attention and tokens of every layer."""
-    x, bias = student.embed(pixels), student.attention_bias
+    x, bias = student.first_tokens(pixels), student.attention_bias
     attention, tokens = [], [x]
     for block in student.transformer.resblocks:
+        assert isinstance(block, Block)
         attention.append(block.attn.probabilities(block.ln_1(x), bias))
         x = block(x, bias)
         tokens.append(x)

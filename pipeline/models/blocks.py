@@ -8,6 +8,8 @@ tokens, the backward pass of `scaled_dot_product_attention` costs there more tha
 layers together (benchmarks/README.md). On CUDA its fused kernels are the faster ones.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,13 +48,13 @@ class _QuickGELU(torch.autograd.Function):
     """One new tensor in each direction, where autograd by itself would make five and keep two."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return _of_scaled(1.702 * x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         scaled = 1.702 * ctx.saved_tensors[0]
         return torch.ops.aten.silu_backward.grad_input(gradient, scaled, grad_input=scaled)
 
@@ -60,7 +62,7 @@ class _QuickGELU(torch.autograd.Function):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, W) -> (B, N, W), scaled by 1 / sqrt(D)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
@@ -116,7 +118,7 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 class MLP(nn.Module):
     """(B, N, W) -> (B, N, W) through 4 W hidden values and QuickGELU."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
@@ -128,7 +130,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm residual block, (B, N, W) -> (B, N, W)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
@@ -143,10 +145,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, initialised as CLIP's: deeper stacks add less per block."""
 
-    def __init__(self, width: int, heads: int, layers: int):
+    def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        for block in self.resblocks:
+        blocks = [Block(width, heads) for _ in range(layers)]
+        self.resblocks = nn.ModuleList(blocks)
+        for block in blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

@@ -52,9 +52,9 @@ class TeacherCard(NamedTeacher):
         """Without what only recognises a teacher and changes none of its vectors: a tag names its
         weights whether their digest is known or not.
         """
-        values = self.model_dump(exclude={"golden", "config_sha256", "license"})
+        values = self.model_dump(include=set(NamedTeacher.model_fields))
         local = self.model.startswith(LOCAL) or (self.pretrained or "").endswith(CHECKPOINTS)
-        return NamedTeacher(**values | {"sha256": self.sha256 if local else None})
+        return NamedTeacher.model_validate(values | {"sha256": self.sha256 if local else None})
 
 
 def read_card(path: Path) -> TeacherCard:

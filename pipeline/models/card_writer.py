@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,7 +39,7 @@ def write_card(model: str, pretrained: str | None, out: Path) -> TeacherCard:
         model = f"{LOCAL}{_beside(out, model.removeprefix(LOCAL))}"
     elif pretrained and Path(pretrained).is_file():
         pretrained = _beside(out, pretrained)
-    values = {"name": out.stem, "model": model, "pretrained": pretrained}
+    values: dict[str, Any] = {"name": out.stem, "model": model, "pretrained": pretrained}
     values |= {"sha256": None, "config_sha256": None, "activation": "quickgelu", "golden": None}
     if complete := out.exists():
         values = _incomplete(out, model, pretrained)

@@ -27,5 +27,7 @@ except RuntimeError as error:
 
 import open_clip  # noqa: E402
 import open_clip.transform  # noqa: E402
+from open_clip.modified_resnet import ModifiedResNet  # noqa: E402
+from open_clip.transformer import QuickGELU, VisionTransformer  # noqa: E402
 
-__all__ = ["open_clip"]
+__all__ = ["ModifiedResNet", "QuickGELU", "VisionTransformer", "open_clip"]

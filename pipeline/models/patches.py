@@ -24,15 +24,13 @@ class PatchView(NamedTuple):
 @torch.inference_mode()
 def student_view(student: Student, pixels: np.ndarray) -> PatchView:
     """(S, S, 3) uint8 -> what the student makes of it."""
-    tensor = torch.from_numpy(pixels.copy()).to(student.mean.device).permute(2, 0, 1)[None]
-    found = student.outputs(student.normalise(tensor))
-    grid = student.config.grid
+    outputs, grid = student.outputs(student.as_input(pixels[None])), student.config.grid
+    patches = F.normalize(outputs.patch_embeddings[0].float(), dim=-1)  # (N, E)
     return PatchView(
-        found.patch_weights[0].float().cpu().numpy().reshape(grid, grid),
-        F.normalize(found.patch_embeddings[0].float(), dim=-1)
-        .cpu().numpy().reshape(grid, grid, -1),
-        F.normalize(found.embedding[0].float(), dim=-1).cpu().numpy(),
-    )  # fmt: skip
+        outputs.patch_weights[0].float().cpu().numpy().reshape(grid, grid),
+        patches.cpu().numpy().reshape(grid, grid, -1),
+        F.normalize(outputs.embedding[0].float(), dim=-1).cpu().numpy(),
+    )
 
 
 def entropy(weights: np.ndarray) -> float:

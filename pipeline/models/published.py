@@ -29,7 +29,7 @@ PUBLISHED = Preprocessing(interpolation="bilinear", resize_mode="squash")
 class _StandIn:
     """Takes the place of every class of `_types`: keeps what it was called with, does nothing."""
 
-    def __init__(self, *values):
+    def __init__(self, *values: object) -> None:
         self.values = values
 
 
@@ -167,7 +167,7 @@ def _first(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _words(enum) -> tuple | None:
+def _words(enum: object) -> tuple | None:
     """The values of the stand-in, of which only texts and numbers are kept: tuples that share their
     parts forty deep have 2**40 of them.
     """
@@ -177,7 +177,7 @@ def _words(enum) -> tuple | None:
     return tuple(v if isinstance(v, str | int | float) else type(v).__name__ for v in values)
 
 
-def _number(value) -> float | int | None:
+def _number(value: object) -> float | int | None:
     """A number, or the last one of a list; None for anything else."""
     if isinstance(value, list) and value:
         value = value[-1]

@@ -37,7 +37,9 @@ class ManySizes:
             return self.student.embeddings_for_loss(pixels)
         shell = self._shells[pixels.shape[-1]]
         shell.train(self.student.training)
-        state = {f"student.{name}": value for name, value in self.student.named_parameters()}
+        state: dict[str, Tensor] = {
+            f"student.{name}": value for name, value in self.student.named_parameters()
+        }
         name = f"student.{POSITIONS}"
         state[name] = positions_for(state[name], shell.student.config.grid)
         return functional_call(shell, state, (pixels,))

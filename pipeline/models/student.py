@@ -4,7 +4,9 @@ Letters: B images, N patches, H heads, C values per head, E = H * C embedding si
 W = E + H = H * (C + 1) token width, T class tokens, S image size in px, p patch size in px.
 
     student = Student.load("data/student")
-    embedding, patch_weights = student(student.normalise(uint8_pixels))  # (B, E), (B, N)
+    pixels = student.preprocess("photo.jpg")  # (1, 3, S, S)
+    vector = student.encode_image(pixels)  # (1, E), compare with the teacher's texts by cosine
+    patches = student.patch_embeddings(pixels)  # (1, N, E), and so with each of these
 
 A saved student is a folder: model.safetensors under the parameter names of the published
 checkpoints, and config.json, which says the shape, the preprocessing, the teacher, the licence and
@@ -13,9 +15,11 @@ how it was trained, and holds the digest of the weights, so that a mixed pair is
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -27,8 +31,9 @@ from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import file_digest, write_file, write_json
 from pipeline.core.records import Digest, Preprocessing, Record
-from pipeline.models.blocks import Transformer, neighbourhood_mask
+from pipeline.models.blocks import Block, Transformer, neighbourhood_mask
 from pipeline.models.hub import student_folder
+from pipeline.models.preprocessing import ImageLike, square_pixels
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 2  # of config.json
@@ -73,7 +78,11 @@ class Student(nn.Module):
     torch.manual_seed.
     """
 
-    def __init__(self, config: StudentConfig, preprocessing: Preprocessing | None = None):
+    attention_bias: Tensor | None  # (T + N, T + N)
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
+
+    def __init__(self, config: StudentConfig, preprocessing: Preprocessing | None = None) -> None:
         super().__init__()
         self.config = config
         self.preprocessing = (preprocessing or Preprocessing()).at(config.image_size)
@@ -111,13 +120,41 @@ class Student(nn.Module):
         """Of the softmax over patch logits; a lower one picks fewer patches."""
         return self.config.temperature
 
+    @property
+    def device(self) -> torch.device:
+        return self.conv1.weight.device
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """One image or several -> (B, 3, S, S) float32 as all other methods want them.
+
+        An image is a file, a Pillow image, or a (height, width, 3) uint8 RGB array, of any size.
+        What is kept of it, how it is resized and normalised is what this student was trained with.
+        Raises PipelineError for what is no such image.
+        """
+        several: Sequence[ImageLike] = images if isinstance(images, list | tuple) else [images]  # ty: ignore[invalid-assignment]
+        return self.as_input(np.stack([square_pixels(i, self.preprocessing) for i in several]))
+
+    def as_input(self, pixels: np.ndarray) -> Tensor:
+        """(B, S, S, 3) uint8 RGB -> (B, 3, S, S) float32 as `forward` wants it.
+
+        Bytes cross to the student's device, floats do not.
+        """
+        planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self.device)
+        return self.normalise(planes.permute(0, 3, 1, 2))
+
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 RGB -> (B, 3, S, S) float32 as `forward` wants it."""
+        """(B, 3, S, S) uint8 RGB on the student's device -> (B, 3, S, S) float32, any S."""
         if pixels.dtype != torch.uint8:
             raise PipelineError(
-                f"normalise: found {pixels.dtype} pixels, expected uint8 in [0, 255]"
+                f"found {pixels.dtype} pixels, expected uint8 in [0, 255]; `student.preprocess` "
+                "makes them of any image"
             )
         return pixels.float().sub_(255 * self.mean).div_(255 * self.std)
+
+    def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        """(B, 3, S, S) from `preprocess` -> (B, E), float32; of unit length if normalize."""
+        embedding = self(pixels)[0].float()
+        return F.normalize(embedding, dim=-1) if normalize else embedding
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) normalised float pixels -> embedding (B, E), patch_weights (B, N).
@@ -145,7 +182,7 @@ class Student(nn.Module):
         """
         return self._pool(*self._tokens_and_weights(pixels))
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def first_tokens(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, T + N, W): what enters the first block."""
         self._check(pixels)
         side, grid = self.config.patch_size, self.config.grid
@@ -160,11 +197,12 @@ class Student(nn.Module):
     def _tokens_and_weights(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> last tokens (B, T + N, W) and patch_weights (B, N), both float32."""
         *below, last = self.transformer.resblocks
-        x = self.embed(pixels)
+        x = self.first_tokens(pixels)
         for block in below:
             x = block(x, self.attention_bias)
         tokens = last(x, self.attention_bias).float()
         if count := self.class_tokens:
+            assert isinstance(last, Block)
             seen = last.attn.probabilities(last.ln_1(x), self.attention_bias)
             seen = seen[:, :, :count, count:].float().mean(dim=(1, 2))  # (B, N)
             return tokens, seen / seen.sum(dim=1, keepdim=True)
@@ -201,7 +239,7 @@ class Student(nn.Module):
         size = self.config.image_size
         if not pixels.is_floating_point():
             raise PipelineError(
-                f"found {pixels.dtype} pixels, expected normalised floats: use `student.normalise`"
+                f"found {pixels.dtype} pixels, expected normalised floats: use `student.preprocess`"
             )
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or pixels.shape[0] == 0:
             raise PipelineError(
@@ -217,7 +255,9 @@ class Student(nn.Module):
                 "pixels contain NaN or infinity: the image did not decode as it should"
             )
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As nn.Module's; the published checkpoints' unused ln_post is dropped."""
         used = {name: x for name, x in state_dict.items() if not name.startswith("ln_post.")}
         return super().load_state_dict(used, strict, assign)

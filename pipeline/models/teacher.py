@@ -5,6 +5,7 @@ Only stage one and what looks at the teacher import this; training never does.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from pipeline.models.card import (
 )
 from pipeline.models.fetched_weights import fetched_weights
 from pipeline.models.golden import TEXTS, recognise
-from pipeline.models.open_clip import open_clip
+from pipeline.models.open_clip import QuickGELU, open_clip
 from pipeline.models.stated_preprocessing import preprocessing_of
 from pipeline.models.teacher_config import CONFIG
 
@@ -48,11 +49,11 @@ class Teacher:
         *,
         check_activation: bool = True,
         accept_other_vectors: bool = False,
-    ):
+    ) -> None:
         self.card = read_card(card_path)
         self.device, self.dtype = device, torch.float32
         check_weights(self.card, card_path)
-        self.model = _load(self.card, card_path).to(device).eval().requires_grad_(False)
+        self.model: Any = _load(self.card, card_path).to(device).eval().requires_grad_(False)
         self.tokenize = _tokenizer(self.card, card_path)
         self.preprocessing = preprocessing_of(self.model.visual.preprocess_cfg, card_path)
         if check_activation:  # not while a card is being written
@@ -73,7 +74,7 @@ class Teacher:
         other.model, other.dtype = copy.deepcopy(self.model).to(dtype), dtype
         return other
 
-    def least_cosine(self, exact: "Teacher", tower: str, inputs: np.ndarray | list[str]) -> float:
+    def least_cosine(self, exact: "Teacher", tower: str, inputs: Any) -> float:
         """The least cosine of a tower's vectors of these inputs to those of the exact teacher.
 
         tower: image or text. Raises PipelineError below FAITHFUL.
@@ -161,7 +162,7 @@ class Teacher:
     def activation(self) -> str:
         """The activation that was really built, whatever the checkpoint's name suggests."""
         kinds = {type(module) for module in self.model.visual.modules()}
-        return "quickgelu" if open_clip.transformer.QuickGELU in kinds else "gelu"
+        return "quickgelu" if QuickGELU in kinds else "gelu"
 
     def _check_activation(self, card_path: Path) -> None:
         if (found := self.activation()) != self.card.activation:
@@ -175,7 +176,7 @@ class Teacher:
 def teacher_identity(card: TeacherCard, card_path: Path) -> TeacherIdentity:
     """What determines this teacher's vectors, apart from dtype and batch size."""
     weights = weights_file(card, card_path)
-    config = weights.with_name(CONFIG) if card.model.startswith(LOCAL) else None
+    config = weights.with_name(CONFIG) if weights and card.model.startswith(LOCAL) else None
     found = digest(config.read_text()) if config and config.is_file() else None
     return TeacherIdentity(card=card.named(), config=found, version=VERSION)
 
@@ -190,7 +191,7 @@ def _model_name(card: TeacherCard, path: Path) -> str:
     return card.model
 
 
-def _tokenizer(card: TeacherCard, path: Path):
+def _tokenizer(card: TeacherCard, path: Path) -> Any:
     try:
         return open_clip.get_tokenizer(_model_name(card, path))
     except ImportError as error:

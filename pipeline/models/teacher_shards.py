@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.errors import PipelineError
@@ -79,7 +80,9 @@ def text_vectors(
     return {text: known[text] for text in distinct}
 
 
-def _good_rows(file, group: int, config: TeacherEmbedConfig, teacher: Teacher) -> list[dict]:
+def _good_rows(
+    file: pq.ParquetFile, group: int, config: TeacherEmbedConfig, teacher: Teacher
+) -> list[dict]:
     """Facts and all views' boxes of the good images of one row group."""
     rows = file.read_row_group(group, columns=FACTS).to_pylist()
     good = [row | {"place": i} for i, row in enumerate(rows) if row["status"] == "ok"]
@@ -88,14 +91,21 @@ def _good_rows(file, group: int, config: TeacherEmbedConfig, teacher: Teacher) -
         own = canonical_view(*content[1:], teacher.preprocessing.resize_mode, teacher.image_size)
         row["views"] = [own] + [
             random_view(
-                content[0], v, *content[1:], config.crop_area, config.crop_ratio, config.seed
+                content[0],
+                v,
+                *content[1:],
+                (config.crop_area[0], config.crop_area[1]),
+                (config.crop_ratio[0], config.crop_ratio[1]),
+                config.seed,
             )
             for v in range(1, config.views)
         ]
     return good
 
 
-def _jobs(file, groups: list[list[dict]], known: Known):
+def _jobs(
+    file: pq.ParquetFile, groups: list[list[dict]], known: Known
+) -> Iterator[tuple[list, list[View], bytes]]:
     """(keys, views, jpg) of each image with unknown views, reading one row group at a time."""
     queued = set(known)
     for g, rows in enumerate(groups):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +118,9 @@ class VectorShards:
     def _source(self, name: str) -> Path:
         return self.images / Path(name).name
 
-    def _commit(self, name, schema, tables, rows: int, drift: dict) -> Entry:
+    def _commit(
+        self, name: str, schema: pa.Schema, tables: Iterable[pa.Table], rows: int, drift: dict
+    ) -> Entry:
         made = self.origins[name] | {
             "preprocessing": self.teacher.preprocessing.model_dump(mode="json"),
             "libraries": teacher_libraries(),
@@ -151,7 +154,7 @@ class VectorShards:
                 break
         return self._drift("image", np.stack(found) if found else [])
 
-    def _drift(self, tower: str, inputs) -> dict:
+    def _drift(self, tower: str, inputs: Any) -> dict:
         """The least cosine of a tower's vectors of these inputs to float32's; nothing in float32.
 
         Raises PipelineError where it is too small.

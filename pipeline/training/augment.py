@@ -29,8 +29,9 @@ def cropped(sample: Sample, min_crop_area: float, *position: int) -> Sample:
     width, height = (right - left) * side, (bottom - top) * side
     left, top = rng.uniform(left, right - width), rng.uniform(top, bottom - height)
     flip = sample.flip != (rng.random() < 0.5)
-    box = math.floor(left), math.floor(top), math.ceil(left + width), math.ceil(top + height)
-    return sample._replace(box=tuple(map(float, box)), flip=flip)
+    start = float(math.floor(left)), float(math.floor(top))
+    end = float(math.ceil(left + width)), float(math.ceil(top + height))
+    return sample._replace(box=(*start, *end), flip=flip)
 
 
 class ColorJitter(NamedTuple):
@@ -41,7 +42,13 @@ class ColorJitter(NamedTuple):
 
     @classmethod
     def drawn(
-        cls, amount: float, seed: int, step: int, batch: int, position: np.ndarray, device
+        cls,
+        amount: float,
+        seed: int,
+        step: int,
+        batch: int,
+        position: np.ndarray,
+        device: torch.device,
     ) -> "ColorJitter":
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         drawn = torch.rand(batch, 2, generator=generator)[position]  # (b, 2)
@@ -65,7 +72,13 @@ class Mixup(NamedTuple):
 
     @classmethod
     def drawn(
-        cls, alpha: float, seed: int, step: int, batch: int, position: np.ndarray, device
+        cls,
+        alpha: float,
+        seed: int,
+        step: int,
+        batch: int,
+        position: np.ndarray,
+        device: torch.device,
     ) -> "Mixup":
         drawn = np.random.default_rng([seed, step]).beta(alpha, alpha, batch)
         own = np.maximum(drawn, 1 - drawn)[position].astype(np.float32)

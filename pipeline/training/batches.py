@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -129,8 +129,14 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, order, first: int, size: int, workers: int, processes: bool = False
-    ):
+        self,
+        dataset: Dataset,
+        order: TrainingOrder | GivenOrder,
+        first: int,
+        size: int,
+        workers: int,
+        processes: bool = False,
+    ) -> None:
         self.workers, self.processes = workers, processes
         self.parts = max(1, min(workers, size))
         slots, side = AHEAD + 3, max(order.image_sizes)  # one is used, one copied, one given back
@@ -151,7 +157,7 @@ class Loader:
             )
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.pinned:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.pixels.data_ptr())
@@ -160,7 +166,7 @@ class Loader:
         """In order. In pinned memory the pixels of a batch are valid until the next but one."""
         wanted = ((step, part) for step in steps for part in range(self.parts))
         filled = self._by_processes(wanted) if self.processes else self._by_threads(wanted)
-        with closing(filled):  # ends the workers
+        with closing(filled):  # ty: ignore[invalid-argument-type]  # ends the workers
             while parts := list(islice(filled, self.parts)):
                 for part in parts:
                     if isinstance(part, PipelineError):
@@ -172,7 +178,8 @@ class Loader:
 
     def _by_processes(self, wanted: Iterator[tuple[int, int]]) -> Iterator:
         loader = DataLoader(
-            self.filler, batch_size=None, sampler=wanted, num_workers=self.parts,
+            self.filler, batch_size=None,  # ty: ignore[invalid-argument-type]
+            sampler=wanted, num_workers=self.parts,
             collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context="spawn",
             worker_init_fn=_end_with_parent,
         )  # fmt: skip
@@ -224,7 +231,14 @@ class Filler:
     way between processes.
     """
 
-    def __init__(self, dataset: Dataset, order, pixels: torch.Tensor, first: int, parts: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: TrainingOrder | GivenOrder,
+        pixels: torch.Tensor,
+        first: int,
+        parts: int,
+    ) -> None:
         self.dataset, self.order, self.pixels = dataset, order, pixels
         self.first, self.parts = first, parts
 
@@ -255,8 +269,9 @@ class Filler:
             targets = np.zeros((len(shown), length), np.float32)
             texts = np.zeros_like(targets) if self.dataset.captions else None
         for i, sample in enumerate(shown):
-            targets[i] = sample.target
-            if sample.text is not None:
+            if targets is not None:
+                targets[i] = sample.target
+            if texts is not None and sample.text is not None:
                 texts[i] = sample.text
         ids = [sample.image_id for sample in shown]
         return Part(slot, side, ids, targets, texts, np.array(position, np.int64), undecodable)
@@ -284,34 +299,36 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
                 if (value := getattr(batch, name)) is not None
             }
             copied = copies.record_event()
-        ready, waiting = waiting, (Batch(**vars(batch) | tensors), copied)
+        ready, waiting = waiting, (replace(batch, **tensors), copied)
         if ready:
             yield from _handed_over(*ready, working, queued)
     if waiting:
         yield from _handed_over(*waiting, working, queued)
 
 
-def _handed_over(batch: Batch, copied, working, queued: list) -> Iterator[Batch]:
+def _handed_over(
+    batch: Batch, copied: torch.cuda.Event, working: torch.cuda.Stream, queued: list
+) -> Iterator[Batch]:
     working.wait_event(copied)
     for tensor in (batch.pixels, batch.targets, batch.texts):
         if tensor is not None:
-            tensor.record_stream(working)
+            tensor.record_stream(working)  # ty: ignore[missing-union-attribute]
     yield batch
     queued.append(working.record_event())
     if len(queued) > 2:
         queued.pop(0).synchronize()
 
 
-def _as_it_is(item):
+def _as_it_is(item: object) -> object:
     return item
 
 
-def _end_with_parent(_) -> None:
+def _end_with_parent(_: int) -> None:
     """A worker whose parent was killed ends; torch's own watch misses a parent that died early."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
-        parent.join()
+        parent.join()  # ty: ignore[missing-union-attribute]
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -20,4 +20,4 @@ def compiled(network: nn.Module, device: torch.device) -> nn.Module:
     if missing:
         say(f"distill: not compiled, for {', '.join(missing)} is missing: slower", err=True)
         return network
-    return torch.compile(network, dynamic=False)
+    return torch.compile(network, dynamic=False)  # ty: ignore[invalid-explicit-return]

@@ -55,7 +55,7 @@ class Dataset:
         views: int = 1,
         captions: bool = False,
         groups_in_use: int = 16,
-    ):
+    ) -> None:
         self.data, self.views, self.captions = data, views, captions
         self.image_size, self.interpolation = image_size, interpolation
         self._cache_size = groups_in_use + 8  # some are about to be left
@@ -152,7 +152,7 @@ class Dataset:
             images["image_id"],
             images["jpg"],
             {image_id: i for i, image_id in enumerate(ids)},
-            [tuple(map(float, box)) for box in boxes],
+            [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes],
             table["flip"].to_pylist(),
             embedding_matrix(table["embedding"]),
             texts,

@@ -18,7 +18,7 @@ from pipeline.core.errors import PipelineError
 class Ranks:
     """rank of size, and this rank's device. size is 1 without torchrun."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.size > 1:

@@ -42,7 +42,7 @@ def contrastive_loss(
     if compared is None:
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     counted = compared.diagonal()
-    logits = logits.masked_fill(~(compared | torch.eye(len(logits), dtype=bool, device=own.device)),
+    logits = logits.masked_fill(~(compared | torch.eye(len(logits), dtype=torch.bool, device=own.device)),
                                 float("-inf"))  # fmt: skip
     both = F.cross_entropy(logits, own, reduction="none")
     both = both + F.cross_entropy(logits.T, own, reduction="none")  # (B,), 0 of rows not counted
@@ -90,7 +90,7 @@ def loss_terms(
         "l1": lambda s: published_loss(s, target),
         "cosine": lambda s: cosine_loss(s, target),
         "relational": lambda s: relational_loss(s, target, mean, scale),
-        "caption": lambda s: caption_loss(s, texts, scale),
+        "caption": lambda s: caption_loss(s, texts, scale),  # ty: ignore[invalid-argument-type]
     }
     return {
         name: torch.stack([term(embedding) for embedding in student]).mean()

@@ -24,7 +24,7 @@ class Sampler:
     Raises PipelineError where the rows are fewer than one batch.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, batch: int, lanes: int):
+    def __init__(self, dataset: Dataset, seed: int, batch: int, lanes: int) -> None:
         if len(dataset) < batch:
             raise PipelineError(
                 f"{len(dataset)} images to train on are fewer than one batch of {batch}. Lower "

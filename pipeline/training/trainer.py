@@ -7,7 +7,7 @@ waits for the device: its losses and the length of its gradient stay there until
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,9 @@ class Trainer:
     """
 
     @torch.no_grad()
-    def __init__(self, config: DistillConfig, student: Student, mean: np.ndarray, ranks: Ranks):
+    def __init__(
+        self, config: DistillConfig, student: Student, mean: np.ndarray, ranks: Ranks
+    ) -> None:
         self.config, self.ranks = config, ranks
         self.student = student.to(ranks.device).train()
         if config.fixed_stem_frequencies:
@@ -108,7 +110,8 @@ class Trainer:
         parameters = self.student.parameters()
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         # the fused optimiser reads this on the device, and then does nothing
-        self.optimizer.found_inf = (~(norm + loss.detach()).isfinite()).float()
+        found_inf = (~(norm + loss.detach()).isfinite()).float()
+        vars(self.optimizer)["found_inf"] = found_inf
         self.optimizer.step()
         self._update_average()
         self._names = ["loss", *terms, "gradient_norm"]
@@ -190,8 +193,7 @@ class Trainer:
         with torch.inference_mode():
             for batch in batches:
                 if len(batch.ids):
-                    pixels = torch.as_tensor(batch.pixels).to(self.ranks.device)
-                    pixels = student.normalise(pixels.permute(0, 3, 1, 2))
+                    pixels = student.as_input(np.asarray(batch.pixels))
                     vectors.append(student(pixels)[0].float().cpu())
                     targets.append(torch.from_numpy(batch.targets))
         target = torch.cat(targets)
@@ -214,7 +216,7 @@ class Trainer:
 
     def best_student(self) -> Student:
         """The student of the best validation."""
-        return self._with(self.best.weights)
+        return self._with(self.best.weights or {})
 
     def _with(self, weights: dict[str, Tensor]) -> Student:
         student = Student(self.student.config, self.student.preprocessing).to(self.ranks.device)
@@ -252,7 +254,7 @@ class Trainer:
         self.step, self.undecodable, self.log = state["step"], state["undecodable"], state["log"]
         self.average, self.skipped = state["average"], state["skipped"]
 
-    def _named(self):
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.student.named_parameters()
 
     def _set_learning_rate(self) -> None:
@@ -309,7 +311,7 @@ class Best:
 
     def __init__(
         self, step: int = 0, cosine: float = -math.inf, since: int = 0, weights: dict | None = None
-    ):
+    ) -> None:
         self.step, self.cosine, self.since, self.weights = step, cosine, since, weights
 
     def see(self, step: int, cosine: float, student: Student) -> None:

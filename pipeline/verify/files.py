@@ -82,7 +82,7 @@ def read_stamps(data: Path) -> tuple[Stamps, list[Finding]]:
     return stamps, findings
 
 
-def canonical(value) -> str:
+def canonical(value: Any) -> str:
     """The text in which records are written."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 

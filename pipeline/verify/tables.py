@@ -191,7 +191,7 @@ def set_findings(
         mine = parameters if "$views" in question.sql else None
         sql = f"SELECT count(*), min(name) FROM ({question.sql}) AS broken(name)"
         try:
-            count, example = connection.execute(sql, mine).fetchone()
+            ((count, example),) = connection.execute(sql, mine).fetchall()
             found = f"not so for {count}, such as {example}"
         except duckdb.Error as error:
             count, found = 1, str(error).strip().splitlines()[0]
@@ -204,7 +204,9 @@ def set_findings(
         yield from _prompts(data, stamps, connection)
 
 
-def _prompts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+def _prompts(
+    data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection
+) -> Iterator[Finding]:
     """The embedded prompts are those that the recipe names by their digest."""
     expected = stamps["teacher"].recipe.inputs.get("prompts")
     sql = "SELECT text FROM texts WHERE image_id IS NULL"
@@ -214,7 +216,7 @@ def _prompts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
         yield Finding("every prompt is embedded", "teacher", found, remade(data, "teacher"))
 
 
-def _counts(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+def _counts(data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection) -> Iterator[Finding]:
     """The selection's summary counts its rows."""
     sql = (
         "SELECT CASE WHEN keep THEN split ELSE 'left out: ' || reason END, count(*) FROM selection"
@@ -232,7 +234,9 @@ FROM teacher GROUP BY hash(embedding) HAVING min(sha256) <> max(sha256) LIMIT $g
 """
 
 
-def _repeated(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
+def _repeated(
+    data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection
+) -> Iterator[Finding]:
     """One vector for two images means that one was not embedded, unless they look the same."""
     how = summary_of(stamps["teacher"]).preprocessing
     wrong = []
@@ -246,10 +250,11 @@ def _repeated(data: Path, stamps: Stamps, connection) -> Iterator[Finding]:
         yield Finding(promise, "teacher", found, remade(data, "teacher"))
 
 
-def _seen(connection, row: dict, how: Preprocessing) -> np.ndarray:
+def _seen(connection: duckdb.DuckDBPyConnection, row: dict, how: Preprocessing) -> np.ndarray:
     """(S, S, 3) float32 in [0, 255]: what the teacher saw."""
     sql = "SELECT jpg FROM images WHERE image_id = ? AND status = 'ok'"
-    image = decode(connection.execute(sql, [row["image_id"]]).fetchone()[0])
+    ((jpg,), *_) = connection.execute(sql, [row["image_id"]]).fetchall()
+    image = decode(jpg)
     box = row["left"], row["top"], row["right"], row["bottom"]
     seen = view_pixels(image, box, row["flip"], how.image_size, how.interpolation)
     return seen.astype(np.float32)

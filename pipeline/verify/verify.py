@@ -6,14 +6,15 @@ Cost: one read of every byte, one decode of every JPEG; `recompute` embeds some 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import duckdb
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import summary_of
+from pipeline.core.provenance import evaluation_of, summary_of
 from pipeline.core.records import Stamp
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
@@ -23,6 +24,9 @@ from pipeline.verify import files
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
 from pipeline.verify.forgotten import forgotten_findings
 from pipeline.verify.tables import connection_over, set_findings
+
+if TYPE_CHECKING:
+    from pipeline.models.teacher import Teacher
 
 FAITHFUL = 0.999  # least cosine of a stored vector to the one that is computed again
 BLOCK = 16**8  # a row is in the sample if the first 8 digits of its id fall below a share of it
@@ -68,7 +72,7 @@ def verify(
             findings += files.vector_findings(data, room, sound[room], size)
         if "images" in sound:
             findings += files.provenance_findings(data, sound)
-    findings += [*_student(data, sound), *_figures(data, sound)]
+    findings += [*_student(data, sound), *_metrics(data, sound)]
     sound = _sound(sound, findings)
     connection = connection_over(data, sound)
     findings += set_findings(data, sound, connection)
@@ -120,15 +124,19 @@ def _student(data: Path, stamps: Stamps) -> Iterator[Finding]:
         yield Finding(promise, "student", fault, remade(data, "student"))
 
 
-def _figures(data: Path, stamps: Stamps) -> Iterator[Finding]:
-    """Figures of fidelity stand beside floor and ceiling."""
+def _metrics(data: Path, stamps: Stamps) -> Iterator[Finding]:
+    """Metrics of fidelity stand beside floor and ceiling."""
     if "evaluation" not in stamps:
         return
-    figures = json.loads((data / "evaluation/metrics.json").read_text())
-    for name, figure in figures.get("fidelity", {}).items():
-        if not figure.keys() >= {"value", "floor", "ceiling"}:
-            promise = "every figure of fidelity stands beside its floor and its ceiling"
-            found = f"{name} has {', '.join(figure)}"
+    promise = "every metric of fidelity stands beside its floor and its ceiling"
+    try:
+        fidelity = evaluation_of(data).fidelity
+    except PipelineError as error:
+        yield Finding(promise, "evaluation", str(error), remade(data, "evaluation"))
+        return
+    for name, metric in fidelity.metrics.items():
+        if metric.floor is None or metric.ceiling is None:
+            found = f"{name} has floor {metric.floor}, ceiling {metric.ceiling}"
             yield Finding(promise, "evaluation", found, remade(data, "evaluation"))
 
 
@@ -139,7 +147,13 @@ JOIN images USING (image_id) WHERE status = 'ok' AND {sampled}
 TEXTS = "SELECT text_id, embedding, text FROM texts WHERE {sampled}"
 
 
-def _recomputed(data: Path, stamp: Stamp, connection, share: float, teacher) -> Iterator[Finding]:
+def _recomputed(
+    data: Path,
+    stamp: Stamp,
+    connection: duckdb.DuckDBPyConnection,
+    share: float,
+    teacher: "Teacher",
+) -> Iterator[Finding]:
     """Stored vectors against the teacher's own, with the batch size and dtype of the run."""
 
     def embed_images(rows: list[tuple]) -> np.ndarray:
@@ -153,7 +167,7 @@ def _recomputed(data: Path, stamp: Stamp, connection, share: float, teacher) -> 
         return teacher.embed_texts([*(row[2] for row in rows), *[""] * (batch - len(rows))])
 
     summary = summary_of(stamp)
-    batch = summary.batch
+    batch = summary.batch or 1  # of an imported teacher there is none, and nothing to recompute
     teacher = teacher.lowered(getattr(torch, summary.dtype))
     for table, key, sql, embed in (
         ("teacher", "image_id", IMAGES, embed_images),
@@ -171,11 +185,12 @@ def _recomputed(data: Path, stamp: Stamp, connection, share: float, teacher) -> 
         if wrong := [(cosine, name) for name, cosine in cosines if not cosine > FAITHFUL]:
             promise = "a stored vector is what the teacher says of its pixels or text"
             found = f"{len(wrong)} of {len(cosines)} rows of {table} differ, such as "
-            found += "{1}: cosine {0:.4f}".format(*min(wrong))
+            cosine, name = min(wrong)
+            found += f"{name}: cosine {cosine:.4f}"
             yield Finding(promise, "teacher", found, remade(data, "teacher"))
 
 
-def _teacher(stamp: Stamp, card: Path | None, device: str):
+def _teacher(stamp: Stamp, card: Path | None, device: str) -> "Teacher":
     """The teacher that the stamp names. Raises PipelineError for any other."""
     from pipeline.core.devices import pick_device
     from pipeline.models.card import read_card as read_teacher_card

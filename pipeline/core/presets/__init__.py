@@ -26,7 +26,7 @@ def write_preset(
         raise PipelineError(f"no preset {preset!r}; there are {', '.join(PRESETS)}.")
     if path.exists() and not force:
         raise PipelineError(f"{path} exists. Add --force to replace it, or name another --params.")
-    text = (files(__package__) / f"{preset}.yaml").read_text()
+    text = (files("pipeline.core.presets") / f"{preset}.yaml").read_text()
     if preset != "demo":
         text = re.sub(r"(?m)^(  (?:dtype|precision): )\w+", rf"\g<1>{_fast_dtype()}", text)
     write_file(path, lambda partial: partial.write_text(with_values(text, settings or {}, path)))
