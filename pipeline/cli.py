@@ -163,7 +163,9 @@ def select(params: Params = PARAMS, data: Data = DATA) -> None:
     from pipeline.core.config import load_section
     from stages.select import select as run
 
-    _report("select", run(load_section(params, "select"), data), data / "selection")
+    evaluated = load_section(params, "evaluate").split
+    counts = run(load_section(params, "select"), data, evaluated=evaluated)
+    _report("select", counts, data / "selection")
 
 
 @app.command(rich_help_panel=STAGES)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline.core.config import EvaluateConfig
 from pipeline.core.devices import pick_device
+from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
 from pipeline.core.provenance import (
     contents,
@@ -113,10 +114,11 @@ def _write_index(
         for shard in np.unique(dataset.addresses[:, 0]):
             name, mine = f"index/{shard:05}.parquet", numbers[dataset.addresses[:, 0] == shard]
             if not work.has(name):
-                ids, vectors = [], []
+                ids, vectors = [], [np.zeros((0, student.config.embedding_size), np.float32)]
                 for batch in held_out_batches(dataset, mine, config.batch, workers=workers):
                     ids += batch.ids
-                    vectors.append(_embedded(student, batch.pixels))
+                    if batch.ids:  # else none of the images decodes
+                        vectors.append(_embedded(student, batch.pixels))
                     bar.update(len(batch.ids))
                 done += len(ids)
                 table = pa.table(
@@ -160,6 +162,11 @@ def _measured(
     lost = [key for key in ids if key not in index]
     kept = [i for i, key in enumerate(ids) if key in index]
     ids, teacher = [ids[i] for i in kept], teacher[kept]
+    if not ids:
+        raise PipelineError(
+            f"none of the {len(lost)} images of the split {config.split} decodes: data/images is "
+            "damaged. Delete it and run `pipeline download`."
+        )
     found = np.stack([index[key] for key in ids])
     templates = work.recipe.parameters["templates"]
     checkpoint = read_card(data / "student").provenance.get("checkpoint")

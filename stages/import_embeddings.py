@@ -20,6 +20,7 @@ from zipfile import BadZipFile, ZipInfo
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import (
@@ -173,12 +174,24 @@ def _parts(source: Path) -> tuple[list[Part], list[Part]]:
         number = _number(path)
         if number not in tables:
             raise PipelineError(f"{path} has no metadata/*_{number}.parquet that names its rows.")
-        table = shards.read_shard(tables[number], "import embeddings")
+        table = _metadata(tables[number])
         columns = {n: table[n].to_pylist() for n in (*NAMES, "caption") if n in table.column_names}
         images.append(_whole(path, columns, np.load(path, mmap_mode="r")))
         if number in beside and "caption" in columns:
             texts.append(_whole(beside[number], columns, np.load(beside[number], mmap_mode="r")))
     return images, texts
+
+
+def _metadata(path: Path) -> pa.Table:
+    """The names beside somebody else's vectors."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(
+            f"{path} is damaged or no Parquet file ({reason}). Get it again from where the "
+            "embeddings come from, and run `pipeline import embeddings` again."
+        ) from None
 
 
 def _number(path: Path) -> str:

@@ -25,9 +25,10 @@ VERSION = 1  # raise it when the query changes its answer
 FILE = "selection.parquet"
 
 
-def select(config: SelectConfig, data: Path) -> dict[str, int]:
+def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict[str, int]:
     """Write data/selection; returns the number of images by split or by reason to leave them out.
 
+    evaluated: the split that `evaluate` reads; `distill` reads train and val.
     Raises PipelineError: earlier stages missing or not of one run, a condition that is no SQL,
     nothing left to train on or to hold out.
     """
@@ -62,10 +63,11 @@ def select(config: SelectConfig, data: Path) -> dict[str, int]:
             )
             work.publish([FILE], _counts(table))
         counts = read_stamp(work.out, STAGE).summary
-    if missing := [split for split in ("train", "test") if not counts.get(split)]:
+    read = dict.fromkeys(("train", "val", evaluated))  # by later stages
+    if missing := [split for split in read if not counts.get(split)]:
         raise PipelineError(
-            f"no image is left for {' and '.join(missing)}: {counts}. Loosen select.where, change "
-            "select.test, or add images."
+            f"no image is left for {' and '.join(missing)}, which later stages read: {counts}. "
+            "Loosen select.where, change select.val or select.test, or add images."
         )
     return counts
 

@@ -94,8 +94,8 @@ def test_distill_and_evaluate_give_what_they_give_on_the_cpu(on_cpu, tmp_path, d
 
     found = evaluate(evaluate_config(), tmp_path / device, device=device, workers=2)
     again = evaluate(evaluate_config(), tmp_path / device, device="cpu", workers=2)
-    cosine = found["fidelity"]["cosine"]["value"]
-    assert math.isfinite(cosine) and again["fidelity"]["cosine"]["value"] == pytest.approx(cosine)
+    cosine = found.fidelity["cosine"].value
+    assert math.isfinite(cosine) and again.fidelity["cosine"].value == pytest.approx(cosine)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -131,6 +131,14 @@ def clip_retrieval(folder: Path, given: np.ndarray, texts: np.ndarray) -> Path:
     return folder
 
 
+def test_a_damaged_metadata_file_of_somebody_else_is_not_ours_to_delete(data, tmp_path):
+    source = clip_retrieval(tmp_path / "theirs", vectors(IMAGES), vectors(IMAGES, seed=2))
+    (source / "metadata/metadata_1.parquet").write_bytes(b"torn")
+    with pytest.raises(PipelineError, match=r"metadata_1\.parquet.*Get it again") as refusal:
+        import_embeddings(data, source, teacher=TEACHER)
+    assert "Delete" not in str(refusal.value)
+
+
 def test_clip_retrieval_folder_gives_images_and_captions(data, tmp_path):
     given, texts = vectors(IMAGES), vectors(IMAGES, seed=2)
     source = clip_retrieval(tmp_path / "out", given, texts)

@@ -248,3 +248,8 @@ def _interrupted_after(step, count: int):
         return step(self, batch)
 
     return train_step
+
+
+def test_a_validation_split_of_which_nothing_decodes_is_said():
+    with pytest.raises(PipelineError, match="no image of the validation split decodes"):
+        trainer(stored.distill_config()).validate([])

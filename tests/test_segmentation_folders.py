@@ -139,7 +139,7 @@ def scored(folder: Path, manifest: Path, card: Path, tmp_path: Path, **how) -> t
     distill(seeing.distill_config(), data, device="cpu", workers=1)
     config = seeing.evaluate_config(segmentation=worlds.segmentation(card, **how))
     found = evaluate(config, data, device="cpu", workers=1)
-    return found["segmentation"], (data / "evaluation/report.html").read_text()
+    return found.segmentation.model_dump(), (data / "evaluation/report.html").read_text()
 
 
 def many(folder: Path, count: int, image: str, mask: str, write) -> None:

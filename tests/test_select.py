@@ -221,8 +221,18 @@ def test_a_condition_reaches_no_file(data, tmp_path, where):
 
 def test_a_filter_that_leaves_nothing_to_train_on_is_an_error_with_counts(data):
     for _ in range(2):  # the second run finds it published, and says so again
-        with pytest.raises(PipelineError, match=r"no image is left for train and test.*60"):
+        with pytest.raises(PipelineError, match=r"no image is left for train and val and test.*60"):
             run(data, where="false")
+
+
+def test_the_splits_that_later_stages_read_must_have_images(data):
+    """distill reads train and val, evaluate the split that it is told; no other is asked for."""
+    with pytest.raises(PipelineError, match="no image is left for val"):
+        run(data, val=0.0)
+    with pytest.raises(PipelineError, match="no image is left for test"):
+        run(data, test=0.0)
+    counts = select(worlds.select_config(test=0.0), data, evaluated="val")
+    assert counts["val"] and "test" not in counts
 
 
 # Runs

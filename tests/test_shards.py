@@ -220,3 +220,17 @@ def test_a_flipped_bit_of_the_footer_is_refused_or_read_but_never_a_crash(whole,
             read(flipped, "test")
         except PipelineError as error:
             assert str(flipped) in str(error)
+
+
+def test_a_message_names_a_command_that_exists(tmp_path):
+    """The stage's name has an underscore or two words, its command a hyphen or a blank."""
+    for stage, said in (
+        ("teacher_embed", "teacher-embed"),
+        ("import_embeddings", "import embeddings"),
+    ):
+        with pytest.raises(PipelineError, match=f"`pipeline {said}`"):
+            shards.shard_paths(tmp_path, stage)
+        (tmp_path / "x.parquet").write_bytes(b"no Parquet")
+        with pytest.raises(PipelineError, match=f"`pipeline {said}`"):
+            shards.read_shard(tmp_path / "x.parquet", stage)
+        (tmp_path / "x.parquet").unlink()

@@ -52,7 +52,7 @@ def near_duplicate_groups(
 
 def _all_vectors(teacher: Path) -> tuple[np.ndarray, np.ndarray]:
     """image_ids (n,) as bytes and (n, E) float16 stored vectors of view 0."""
-    paths = shard_paths(teacher / "images", "teacher-embed")
+    paths = shard_paths(teacher / "images", "teacher_embed")
     rows = ds.dataset([str(path) for path in paths]).count_rows(filter=ds.field("view") == 0)
     ids, vectors, done = [], None, 0
     for path in paths:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.layout import command
 
 VERSION = 2  # raise it when a schema or the order of rows changes
 ROWS_PER_GROUP = 256  # bounds a reader's memory: some megabytes of JPEGs
@@ -94,7 +95,7 @@ def texts_schema(embedding_size: int) -> pa.Schema:
 
 
 def index_schema(embedding_size: int) -> pa.Schema:
-    """The student's own embeddings of the evaluated split."""
+    """The student's own embeddings of all kept images, whatever their split."""
     return pa.schema(
         [("image_id", pa.string()), ("embedding", pa.list_(pa.float16(), embedding_size))]
     )
@@ -168,7 +169,7 @@ def shard_paths(folder: Path, stage: str) -> list[Path]:
     """The shards of a room, sorted. Raises PipelineError where there is none."""
     if paths := sorted(folder.glob("*.parquet")):
         return paths
-    raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {stage}` first.")
+    raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {command(stage)}` first.")
 
 
 def open_shard(path: Path, stage: str) -> pq.ParquetFile:
@@ -193,7 +194,7 @@ def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.T
         if b"provenance" in (table.schema.metadata or {}):
             raise PipelineError(
                 f"{path} was written by an earlier version (no column {', '.join(sorted(missing))}). "
-                f"Run `pipeline {stage}`: what it holds is taken over, not paid for again."
+                f"Run `pipeline {command(stage)}`: what it holds is taken over, not paid for again."
             )
         raise _foreign(path, stage, f"no column {', '.join(sorted(missing))}")
     return table
@@ -232,7 +233,7 @@ def differences(made: dict, asked: dict, prefix: str = "") -> list[str]:
 
 def _foreign(path: Path, stage: str, sign: str) -> PipelineError:
     return PipelineError(
-        f"{path} was not written by this pipeline ({sign}). Move it away and run `pipeline {stage}`."
+        f"{path} was not written by this pipeline ({sign}). Move it away and run `pipeline {command(stage)}`."
     )
 
 
@@ -240,5 +241,5 @@ def _damaged(path: Path, stage: str, error: Exception) -> PipelineError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return PipelineError(
         f"{path} is damaged or no Parquet file ({reason}). "
-        f"Delete the folder {path.parent} and run `pipeline {stage}` again."
+        f"Delete the folder {path.parent} and run `pipeline {command(stage)}` again."
     )

@@ -136,7 +136,7 @@ class Dataset:
         with open_shard(self._path("images", shard), "download") as file:
             images = file.read_row_group(group, columns=["image_id", "jpg"], use_threads=False)
             groups = file.num_row_groups
-        with open_shard(self._path("teacher/images", shard), "teacher-embed") as file:
+        with open_shard(self._path("teacher/images", shard), "teacher_embed") as file:
             if file.num_row_groups < groups * self.views:
                 raise PipelineError(
                     f"data/teacher holds {file.num_row_groups // groups} views, distill.views asks "
@@ -186,7 +186,7 @@ def _texts(path: Path, image_ids: list[str]) -> dict[str, np.ndarray]:
         return {}
     wanted, vectors = set(image_ids), {}
     low, high = min(wanted), max(wanted)
-    with open_shard(path, "teacher-embed") as file:
+    with open_shard(path, "teacher_embed") as file:
         column = file.schema_arrow.get_field_index("image_id")
         for group in range(file.num_row_groups):
             extent = file.metadata.row_group(group).column(column).statistics

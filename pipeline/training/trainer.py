@@ -196,6 +196,11 @@ class Trainer:
                     pixels = student.as_input(np.asarray(batch.pixels))
                     vectors.append(student(pixels)[0].float().cpu())
                     targets.append(torch.from_numpy(batch.targets))
+        if not targets:
+            raise PipelineError(
+                "no image of the validation split decodes: data/images is damaged. Delete it and "
+                "run `pipeline download`."
+            )
         target = torch.cat(targets)
         floor = float(F.cosine_similarity(self.mean.cpu()[None], target).mean())
         cosine = float(F.cosine_similarity(torch.cat(vectors), target).mean())
