@@ -45,7 +45,7 @@ def download(
             Path(config.root),
             config.rows_per_shard,
             own / "lists",
-            columns=config.columns,
+            columns=dict(config.columns),
             forgotten=forgotten,
             max_bytes=config.max_bytes,
             say=partial(say, err=True),

@@ -54,7 +54,7 @@ def _kept_vectors(data: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarr
     """
     found = database.connect(data).sql(KEPT, params=[split]).to_arrow_table()
     kept = np.sort(as_bytes(found["image_id"]))
-    for path in shard_paths(data / "teacher/images", "teacher-embed") if len(kept) else ():
+    for path in shard_paths(data / "teacher/images", "teacher_embed") if len(kept) else ():
         for ids, vectors in first_views(path):
             at = np.searchsorted(kept, ids).clip(max=len(kept) - 1)
             if (mine := kept[at] == ids).any():
@@ -67,7 +67,7 @@ def first_views(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
     A row group at a time. Raises PipelineError for a damaged shard.
     """
-    with open_shard(path, "teacher-embed") as file:
+    with open_shard(path, "teacher_embed") as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["image_id", "view", "embedding"])
             if table.num_rows and table["view"][0].as_py() > 0:

@@ -3,13 +3,14 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SMALL = 1 << 28  # bytes up to which an array simply is in memory
 
 
-def scratch_array(shape: tuple[int, ...], dtype, folder: Path | None = None) -> np.ndarray:
+def scratch_array(shape: tuple[int, ...], dtype: Any, folder: Path | None = None) -> np.ndarray:
     """Zeros, writable; a large array lies in an unnamed file that is gone with the process.
 
     folder: where the file lies, the system's temporary folder by default (or where it cannot be
@@ -24,7 +25,7 @@ def scratch_array(shape: tuple[int, ...], dtype, folder: Path | None = None) -> 
         return _mapped(shape, dtype, size, None)
 
 
-def _mapped(shape: tuple[int, ...], dtype, size: int, folder: Path | None) -> np.ndarray:
+def _mapped(shape: tuple[int, ...], dtype: Any, size: int, folder: Path | None) -> np.ndarray:
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(
             file.fileno(), 0, size

@@ -48,7 +48,7 @@ def load_sides(data: Path, index: Path) -> Sides:
                 student[rank[done : done + len(stored)]] = stored
                 done += len(stored)
     known = np.zeros(len(ids), bool)
-    for path in shard_paths(data / "teacher/images", "teacher-embed") if len(ids) else ():
+    for path in shard_paths(data / "teacher/images", "teacher_embed") if len(ids) else ():
         for keys, stored in first_views(path):
             if not teacher.shape[1]:
                 teacher = scratch_array((len(ids), stored.shape[1]), np.float16)

@@ -89,7 +89,7 @@ class Collection:
 
     def __contains__(self, image_id: str) -> bool:
         at = np.searchsorted(self._ids, key := image_id.encode())
-        return at < len(self) and self._ids[at] == key
+        return bool(at < len(self) and self._ids[at] == key)
 
     def search(self, query: Query, k: int) -> Hits:
         """The best k images for a query; all of them, and a note, where there are fewer."""

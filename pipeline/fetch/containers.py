@@ -129,7 +129,7 @@ def _samples(path: Path, url: str) -> Iterator[dict]:
                     place = f"@{member.offset_data}+{member.size}"
                     sample["url"] = f"{url}!/{quote(member.name)}{place}"
                 elif kind in ("txt", "json", "cls") and member.size <= SIDE_FILE:
-                    sample[kind] = tar.extractfile(member).read()
+                    sample[kind] = tar.extractfile(member).read()  # ty: ignore[missing-union-attribute]
             yield from _finished(sample)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise PipelineError(
@@ -254,7 +254,7 @@ def read_inside(file: Path, name: str, at: int, size: int | None) -> bytes | Non
 class _RowGroups:
     """The row groups of images that were read last, for threads that read rows in order."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._held: OrderedDict[tuple, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -74,7 +75,7 @@ def write_lists(
     folder.mkdir(parents=True)
     with duckdb.connect(str(folder / "rows.duckdb")) as connection:
         connection.execute(f"SET memory_limit = '{MEMORY}'; SET enable_progress_bar = false")
-        connection.create_function(
+        connection.create_function(  # ty: ignore[no-matching-overload]
             "content",
             _content_of(root, max_bytes),
             ["VARCHAR"],
@@ -98,7 +99,9 @@ def write_lists(
         return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
 
 
-def _read(connection, manifest: Path, columns: dict, repaired: Path) -> list[str]:
+def _read(
+    connection: duckdb.DuckDBPyConnection, manifest: Path, columns: dict, repaired: Path
+) -> list[str]:
     """Make the table `written`: every row once, in order, under our names."""
     try:
         try:
@@ -117,12 +120,14 @@ def _read(connection, manifest: Path, columns: dict, repaired: Path) -> list[str
     return source.notes
 
 
-def _take(connection, manifest: Path, source: Source) -> None:
+def _take(connection: duckdb.DuckDBPyConnection, manifest: Path, source: Source) -> None:
     """Read a source into `written` and `urls`; cells with bytes that are no UTF-8 cost themselves."""
     name = {ours: theirs and identifier(theirs) for ours, theirs in source.columns.items()}
     kind = {ours: source.types.get(theirs or "", "") for ours, theirs in source.columns.items()}
     bad = BAD if source.repaired else None
-    cells = {ours: _text_cell(name[ours], bad) for ours in ("label", "license", "mask", "sha256")}
+    cells: dict[str, Any] = {
+        ours: _text_cell(name[ours], bad) for ours in ("label", "license", "mask", "sha256")
+    }
     captions = "CAST([] AS VARCHAR[])"
     if kind["caption"] == "VARCHAR[]":
         captions = name["caption"]
@@ -270,7 +275,7 @@ ORDER BY bucket, listed.image_id, occurrence
 _TABLES = (_KEYS, _MERGED, _CONTENTS, _FORGOTTEN, _ROWS)
 
 
-def _refuse_bad_boxes(connection, manifest: Path) -> None:
+def _refuse_bad_boxes(connection: duckdb.DuckDBPyConnection, manifest: Path) -> None:
     if bad := connection.execute(_BAD_BOXES).fetchone():
         raise PipelineError(
             f"{manifest}: url {bad[0]!r} has the boxes {bad[1]}. A box needs a text and numbers "
@@ -278,12 +283,13 @@ def _refuse_bad_boxes(connection, manifest: Path) -> None:
         )
 
 
-def _notes(connection, forgotten: Forgotten) -> list[str]:
+def _notes(connection: duckdb.DuckDBPyConnection, forgotten: Forgotten) -> list[str]:
     """What became of rows otherwise than a reader of the manifest may expect."""
     notes = []
 
     def count(sql: str) -> int:
-        return connection.execute(sql).fetchone()[0] or 0
+        ((found,),) = connection.execute(sql).fetchall()
+        return found or 0
 
     if damaged := count("SELECT sum(damaged) FROM written"):
         notes.append(f"{damaged} captions are not UTF-8 and left out; their images are kept.")
@@ -305,7 +311,7 @@ def _notes(connection, forgotten: Forgotten) -> list[str]:
     return notes
 
 
-def _write_list(connection, bucket: int, folder: Path) -> Path:
+def _write_list(connection: duckdb.DuckDBPyConnection, bucket: int, folder: Path) -> Path:
     """One list, batch by batch; a row that repeats a url gets it from the row before it."""
     path = folder / f"{bucket:05}.parquet"
     partial = path.with_name(path.name + PARTIAL)
@@ -339,7 +345,7 @@ def list_digest(path: Path) -> str:
     return found.hexdigest()[:32]
 
 
-def _content_of(root: Path, max_bytes: int):
+def _content_of(root: Path, max_bytes: int) -> Callable[[str], str | None]:
     """A local file's hash, so that a changed file is noticed; null where it may not be read."""
     root = root.resolve()
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -76,7 +77,7 @@ def open_manifest(
     `is_encoding_error` says so, repairing helps.
     """
     files = manifest_files(manifest)
-    kind = _kind(files[0])
+    kind = _kind(files[0]) or ""
     _require_one_form(files, kind)
     header = not any(isinstance(name, int) for name in columns.values())
     if repaired:
@@ -118,7 +119,7 @@ def manifest_files(manifest: Path) -> list[Path]:
             f"{manifest}: expected a manifest named {', '.join(READERS)}, a folder of such files, "
             f"or a pattern that matches some; found {files[0].name if files else 'none'}."
         )
-    kinds = {_kind(path) for path in files}
+    kinds = {_kind(path) or "" for path in files}
     if len(kinds) > 1:
         raise PipelineError(
             f"{manifest} holds files of several formats ({', '.join(sorted(kinds))}). Name those "
@@ -137,7 +138,7 @@ def _kind(path: Path) -> str | None:
 def _require_one_form(files: list[Path], kind: str) -> None:
     """Raises PipelineError where the files of one manifest have different columns."""
 
-    def form(path: Path):
+    def form(path: Path) -> object:
         if kind == ".parquet":
             try:
                 return {field.name: str(field.type) for field in pq.read_schema(path)}
@@ -158,18 +159,22 @@ def _require_one_form(files: list[Path], kind: str) -> None:
             )
 
 
-def _shown(form) -> str:
+def _shown(form: Any) -> str:
     if isinstance(form, dict):
         return ", ".join(f"{name} ({kind})" for name, kind in form.items())
     return form.decode(errors="replace")[:200]
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> Any:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _described(
-    connection, manifest: Path, files: list[Path], kind: str, header: bool
+    connection: duckdb.DuckDBPyConnection,
+    manifest: Path,
+    files: list[Path],
+    kind: str,
+    header: bool,
 ) -> tuple[str, dict[str, str]]:
     """The SQL source of some files and its columns' types."""
     names = ", ".join("'" + escape(str(path)).replace("'", "''") + "'" for path in files)
@@ -256,14 +261,16 @@ def _named(manifest: Path, names: list[str], ours: str, theirs: str | int | None
     )
 
 
-def _unused_texts(connection, sql: str, types: dict, used: dict) -> list[str]:
+def _unused_texts(
+    connection: duckdb.DuckDBPyConnection, sql: str, types: dict, used: dict
+) -> list[str]:
     """A sentence about each column that looks like captions and is not used."""
     free = [n for n, kind in types.items() if kind == "VARCHAR" and n not in used.values()]
     if not free:
         return []
     cells = ", ".join(f"avg(len(string_split({identifier(name)}, ' ')))" for name in free)
     some = f"(SELECT * FROM {sql} LIMIT {SAMPLE})"
-    means = connection.execute(f"SELECT {cells} FROM {some}").fetchone()
+    (means,) = connection.execute(f"SELECT {cells} FROM {some}").fetchall()
     likely = [name for name, mean in zip(free, means, strict=True) if mean and mean > WORDS]
     if not likely:
         return []

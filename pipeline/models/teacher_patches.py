@@ -7,6 +7,7 @@ are; other towers (ResNet, timm's) have no class token whose attention could be 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.records import Sample
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
-from pipeline.models.open_clip import open_clip
+from pipeline.models.open_clip import ModifiedResNet, VisionTransformer
 from pipeline.models.patches import PatchView
 from pipeline.models.sizes import positions_for
 from pipeline.models.teacher import Teacher
@@ -79,7 +80,7 @@ def dense_sizes(teacher: Teacher, grid: int) -> list[int]:
     ResNet.
     """
     tower = teacher.model.visual
-    if isinstance(tower, open_clip.modified_resnet.ModifiedResNet):
+    if isinstance(tower, ModifiedResNet):
         stride = RESNET_STRIDE
     else:
         _last_block(teacher)
@@ -105,7 +106,7 @@ def dense_patches(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
     return F.normalize(patches.float(), dim=-1).cpu().numpy().reshape(len(x), grid, grid, -1)
 
 
-def _resnet_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _resnet_patches(tower: Any, x: torch.Tensor) -> torch.Tensor:
     for layer in (tower.stem, tower.layer1, tower.layer2, tower.layer3, tower.layer4):
         x = layer(x)
     pool, tokens = tower.attnpool, x.flatten(2).transpose(1, 2)  # (B, N, W)
@@ -113,7 +114,7 @@ def _resnet_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return pool.c_proj(pool.v_proj(tokens + positions.to(tokens.dtype)))
 
 
-def _vit_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _vit_patches(tower: Any, x: torch.Tensor) -> torch.Tensor:
     x = tower.conv1(x)  # (B, W, g, g)
     positions = positions_for(tower.positional_embedding[1:].float(), x.shape[-1]).to(x.dtype)
     first = tower.class_embedding.to(x.dtype) + tower.positional_embedding[:1].to(x.dtype)
@@ -129,9 +130,9 @@ def _vit_patches(tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return tokens if tower.proj is None else tokens @ tower.proj
 
 
-def _last_block(teacher: Teacher) -> nn.Module:
+def _last_block(teacher: Teacher) -> Any:
     tower = teacher.model.visual
-    plain = isinstance(tower, open_clip.transformer.VisionTransformer) and tower.attn_pool is None
+    plain = isinstance(tower, VisionTransformer) and tower.attn_pool is None
     last = tower.transformer.resblocks[-1] if plain else None
     if not isinstance(getattr(last, "attn", None), nn.MultiheadAttention):
         raise PipelineError(f"the image tower of {teacher.card.name} is no plain CLIP ViT.")
