@@ -5,7 +5,7 @@ A command imports what it needs inside, so that --help answers without torch.
 
 import errno
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -87,7 +87,10 @@ def init(
 
     if teacher and preset == "demo":
         raise PipelineError("the demo trains its own teacher. Use `pipeline init clip-vit-b32`.")
-    settings, terms = _of_teacher(teacher) if teacher else ({}, "")
+    settings: Any = {}
+    terms = ""
+    if teacher:
+        settings, terms = _of_teacher(teacher)
     write_preset(preset, params, force, settings)
     say(f"{params} written.{terms} Next: {next_step(params)}")
 
@@ -277,7 +280,7 @@ def look(
     if segment:
         from pipeline.explore.segment import segment_figure, segment_image
 
-        seen = segment_image(queries, image, prompts or [], size, threshold)
+        seen = segment_image(queries, Path(image), prompts or [], size, threshold)
         segment_figure(seen, out)
     else:
         from pipeline.explore.look import look as run

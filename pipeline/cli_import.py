@@ -1,7 +1,7 @@
 """The commands of `pipeline import`: each brings in what somebody else made."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def import_folder(
             "`pipeline init clip-vit-b32 --force` first."
         )
     count = write_folder_manifest(folder, out, labels, force=force)
-    values = {"download.manifest": str(out), "download.root": str(folder.resolve())}
+    values: dict[str, Any] = {"download.manifest": str(out), "download.root": str(folder.resolve())}
     values |= values_for(count)
     set_values(params, values)
     say(f"{out}: {count} images. {params} now says:")

@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def export_image_tower(student: Student, folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     deviation = _export(student, folder / "model.onnx", "image", TOWER, unit=True)
     how = student.preprocessing
-    preprocessing = {"size": [student.config.image_size] * 2, "mode": "RGB"}
+    preprocessing: dict[str, Any] = {"size": [student.config.image_size] * 2, "mode": "RGB"}
     preprocessing |= {"mean": list(how.mean), "std": list(how.std)}
     preprocessing |= {"interpolation": how.interpolation, "resize_mode": how.resize_mode}
     write_json(folder / "preprocess_cfg.json", preprocessing)

@@ -5,6 +5,7 @@ twenty seconds for CLIP's.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ EXAMPLE = "a photo of a cat"
 class _TextTower(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, text: Tensor) -> Tensor:
         return nn.functional.normalize(self.model.encode_text(text.long()), dim=-1)

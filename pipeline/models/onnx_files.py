@@ -58,7 +58,12 @@ def run_onnx(file: Path, given: np.ndarray) -> list[np.ndarray]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: given})
+    return session.run(
+        None,
+        {  # ty: ignore[invalid-explicit-return]
+            session.get_inputs()[0].name: given
+        },
+    )
 
 
 def add_metadata(file: Path, facts: dict[str, str]) -> None:

@@ -48,7 +48,7 @@ def with_values(text: str, values: dict[str, Value], path: Path) -> str:
                 "`pipeline init PRESET --force`."
             )
         row = rows[name]
-        head, comment = re.match(r"( *[\w-]+:).*?( #.*)?\n?$", lines[row]).groups()
+        head, comment = re.match(r"( *[\w-]+:).*?( #.*)?\n?$", lines[row]).groups()  # ty: ignore[missing-union-attribute]
         lines[row] = f"{head} {_written(value)}{comment or ''}\n"
     return "".join(lines)
 
