@@ -287,12 +287,14 @@ def test_importing_a_teacher_completes_its_card(tag, caplog):
 @pytest.fixture
 def tag(tiny_teacher, tmp_path, monkeypatch) -> Path:
     """A card of a model and a tag of open_clip's lists, whose download is already here."""
+    from pipeline.models import fetched_weights
     from pipeline.models.open_clip import open_clip
 
     config = json.loads(tiny_teacher.with_name("open_clip_config.json").read_text())
     weights = str(tiny_teacher.with_name("open_clip_model.safetensors"))
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config["model_cfg"])
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": {"url": "x"}})
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": {"hf_hub": "x/"}})
+    monkeypatch.setattr(fetched_weights, "try_to_load_from_cache", lambda *_: weights)
     for module in (open_clip, open_clip.factory):
         monkeypatch.setattr(module, "download_pretrained", lambda *_, **__: weights)
     values = {"name": "tiny", "model": "tiny", "pretrained": "mine", "sha256": None}
