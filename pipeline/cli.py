@@ -87,10 +87,7 @@ def init(
 
     if teacher and preset == "demo":
         raise PipelineError("the demo trains its own teacher. Use `pipeline init clip-vit-b32`.")
-    settings: Any = {}
-    terms = ""
-    if teacher:
-        settings, terms = _of_teacher(teacher)
+    settings, terms = _of_teacher(teacher) if teacher else ({}, "")
     write_preset(preset, params, force, settings)
     say(f"{params} written.{terms} Next: {next_step(params)}")
 
@@ -416,7 +413,7 @@ def _card(card: Path | None, params: Path) -> Path | None:
     return card
 
 
-def _of_teacher(name: str) -> tuple[dict[str, str | int], str]:
+def _of_teacher(name: str) -> tuple[dict[str, Any], str]:
     """What params.yaml must say for a teacher, and a sentence on its licence."""
     from pipeline.models.card import read_card
     from pipeline.models.stated_preprocessing import student_settings

@@ -4,6 +4,7 @@ import importlib
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,18 +53,13 @@ def write_onnx(
         )
 
 
-def run_onnx(file: Path, given: np.ndarray) -> list[np.ndarray]:
+def run_onnx(file: Path, given: np.ndarray) -> Any:
     """All outputs of a file of one input, by onnxruntime on the CPU."""
     need("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(
-        None,
-        {  # ty: ignore[invalid-explicit-return]
-            session.get_inputs()[0].name: given
-        },
-    )
+    return session.run(None, {session.get_inputs()[0].name: given})
 
 
 def add_metadata(file: Path, facts: dict[str, str]) -> None:
