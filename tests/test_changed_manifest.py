@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import worlds
 
-from pipeline.models.teacher import GOLDEN_TEXT, Teacher
+from pipeline.models import golden
+from pipeline.models.teacher import Teacher
 from stages.download import download
 from stages.teacher_embed import teacher_embed
 
@@ -61,7 +62,7 @@ def test_only_new_images_and_new_texts_are_embedded_and_the_files_are_those_of_a
         run(small_world, manifest, root, changed)
     views = worlds.teacher_config(small_world.card, small_world.prompts).views
     assert sum(images) == views * len(ADDED)
-    assert texts - {"", GOLDEN_TEXT} == {"edited", *ADDED}
+    assert texts - {"", *golden.TEXTS} == {"edited", *ADDED}
     run(small_world, manifest, root, tmp_path / "fresh")
     assert shards(changed) == shards(tmp_path / "fresh")
     assert shards(changed) != before

@@ -20,10 +20,10 @@ import pytest
 import worlds
 from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
-from pipeline.verify.files import INPUTS, ROOMS
+from pipeline.core.layout import BY_FOLDER, FOLDERS
 from pipeline.verify.verify import verify
 
-COMMANDS = {room: stage.replace("_", "-") for room, stage in ROOMS.items()}
+COMMANDS = {folder: BY_FOLDER[folder].command for folder in FOLDERS}
 SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
 ROUNDS = 5  # per stage
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -62,7 +62,7 @@ class Bench:
             evaluate=evaluate_config(),
         )
         self.reference, self.seconds = folder / "reference", {}
-        for room in ROOMS:
+        for room in FOLDERS:
             process = self.start(room, self.reference)
             began = self.at_work(room, self.reference, process)
             assert self.wait((self.reference / room).exists, process)
@@ -89,7 +89,9 @@ class Bench:
     def at_work(self, room: str, data: Path, process: subprocess.Popen) -> float:
         """When the stage has taken its lock; before, there is nothing to disturb."""
         lock = data / ".work/lock"
-        assert self.wait(lambda: lock.is_file() and ROOMS[room] in lock.read_text(), process)
+        assert self.wait(
+            lambda: lock.is_file() and BY_FOLDER[room].name in lock.read_text(), process
+        )
         return time.monotonic()
 
     def run(self, room: str, data: Path, **how) -> subprocess.CompletedProcess:
@@ -103,7 +105,7 @@ class Bench:
 
     def before(self, room: str, data: Path) -> Path:
         """A data/ in which this room's stage is the next to run."""
-        for source in INPUTS.get(room, ()):
+        for source in BY_FOLDER[room].inputs:
             shutil.copytree(self.reference / source, data / source)
         return data
 
@@ -123,7 +125,7 @@ def bench(small_world, tmp_path_factory) -> Bench:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(ROUNDS))
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", FOLDERS)
 def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
     bench, tmp_path, counts, room, number
 ):
@@ -167,7 +169,7 @@ def disk(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("free", [0, 64 << 10])
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", FOLDERS)
 def test_a_full_disk_is_one_message_and_then_the_same_bytes(bench, disk, counts, room, free):
     folder, leave = disk
     data = bench.before(room, folder / "data")
@@ -216,7 +218,7 @@ def damaged(path: Path, draw: random.Random) -> str:
 def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -> None:
     shutil.copytree(finished, data)
     draw = random.Random(SEED)
-    files = [p for room in ROOMS for p in sorted((data / room).rglob("*")) if p.is_file()]
+    files = [p for room in FOLDERS for p in sorted((data / room).rglob("*")) if p.is_file()]
     for path in files:
         for _ in range(times):
             sound = path.read_bytes()

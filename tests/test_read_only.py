@@ -19,12 +19,11 @@ import pytest
 import worlds
 from finished import distill_config, evaluate_config, finished_world  # noqa: F401
 
-from pipeline.core.provenance import command
-from pipeline.verify.files import ROOMS
+from pipeline.core.layout import BY_FOLDER, FOLDERS
 
 LIBC = ctypes.CDLL(None)
 DAC_OVERRIDE, DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
-STAGES = {room: command(stage) for room, stage in ROOMS.items()}
+STAGES = {folder: BY_FOLDER[folder].command for folder in FOLDERS}
 
 
 def obey_modes() -> None:
@@ -199,7 +198,7 @@ def test_an_out_that_alone_is_read_only_stays_whole_until_it_may_be_replaced(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "selection"])
+@pytest.mark.parametrize("room", [room for room in FOLDERS if room != "selection"])
 def test_every_out_that_alone_is_read_only_stays_whole_until_it_may_be_replaced(
     finished_world, small_world, tmp_path, obedient, room
 ):
