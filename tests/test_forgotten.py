@@ -93,6 +93,15 @@ def test_what_was_forgotten_by_its_bytes_may_have_no_vector_either(tmp_path):
     assert places(tmp_path, Forgotten()) == ["evaluation/index/00000.parquet"]
 
 
+def test_a_damaged_shard_is_passed_over(tmp_path, forgotten):
+    """Damage is a finding of its own; its bytes are searched all the same."""
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "images/00000.parquet").write_bytes(b"PAR1" + URL.encode())
+    assert places(data, forgotten) == ["images/00000.parquet"]
+    assert places(data, Forgotten()) == []
+
+
 def test_dvcs_cache_and_each_remote_are_named_with_their_commands(tmp_path):
     assert elsewhere(tmp_path) == []
     (tmp_path / ".dvc").mkdir()

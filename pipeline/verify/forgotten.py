@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.errors import PipelineError
+from pipeline.data.shards import read_shard
 from pipeline.fetch.forget import Forgotten
 from pipeline.verify.files import Finding
 
@@ -44,7 +46,10 @@ def _forgotten_rows(data: Path) -> set[str]:
     """image_ids of rows that are forgotten already: some were named by their bytes."""
     found: set[str] = set()
     for path in data.glob("images/*.parquet"):
-        table = pq.read_table(path, columns=["image_id", "status"], partitioning=None)
+        try:
+            table = read_shard(path, "download", ["image_id", "status"])
+        except PipelineError:
+            continue  # damaged or foreign, which is a finding of its own
         gone = table.filter(pc.equal(table["status"], "forgotten"))
         found.update(gone["image_id"].to_pylist())
     return found
