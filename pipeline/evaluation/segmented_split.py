@@ -187,10 +187,8 @@ class _Judge:
             "mIoU": plain | self.ends,
             "mIoU_with_image": weighted | self.ends,
             "mIoU_image_level": painted | self.ends,
-            "threshold": choice.threshold,
-            "threshold_with_image": chosen.threshold,
             "image_weight": chosen.weight,
-        }
+        } | _limits(threshold=choice, threshold_with_image=chosen)
 
     def teacher(self, sizes: list[int], cosines_of: Callable[[str, int], seg.Cosines]) -> dict:
         """Its dense features at the size that is best on val."""
@@ -203,8 +201,8 @@ class _Judge:
             cosines_of(self.split, best[1]), self.masks[self.split], self.groups, best[0]
         )
         figure = seg.miou_interval(counts) | self.ends
-        return {"mIoU_teacher": figure, "threshold_teacher": best[0].threshold,
-                "image_size_teacher": best[1]}  # fmt: skip
+        facts = {"mIoU_teacher": figure, "image_size_teacher": best[1]}
+        return facts | _limits(threshold_teacher=best[0])
 
     def choice(self, val: seg.Cosines, weights: tuple[float, ...]) -> seg.Choice:
         return seg.choose(val, self.masks["val"], self.groups, weights, self.by_threshold)
@@ -215,6 +213,11 @@ class _Judge:
         choice = self.choice(cosines["val"], weights)
         counts = seg.scored(cosines[self.split], self.masks[self.split], self.groups, choice)
         return seg.miou_interval(counts), choice
+
+
+def _limits(**choices: seg.Choice) -> dict[str, float]:
+    """The thresholds by name, where background is found by one."""
+    return {name: c.threshold for name, c in choices.items() if c.threshold is not None}
 
 
 def masks_of(

@@ -59,7 +59,7 @@ def painted_scenes(
     grid = how.image_size // student.config.patch_size
     sides = {"student": (by_student(source, config.split, masks, asked, how, student), "threshold")}
     teacher = dense_teacher(queries, grid)
-    if isinstance(teacher, DenseTeacher) and "threshold_teacher" in found:
+    if isinstance(teacher, DenseTeacher) and "image_size_teacher" in found:
         size = found["image_size_teacher"]
         dense = by_teacher(source, config.split, masks, asked, teacher, size)
         sides["teacher, dense features"] = dense, "threshold_teacher"
@@ -71,7 +71,7 @@ def painted_scenes(
             truth, grid, len(labels))}  # fmt: skip
         for name, (cosines, limit) in sides.items():
             one = cosines.patches[i : i + 1], cosines.images[i : i + 1]
-            maps[name] = seg.segment(*one, asked.groups, mask.shape, threshold=found[limit])[0]
+            maps[name] = seg.segment(*one, asked.groups, mask.shape, threshold=found.get(limit))[0]
         tiles = [
             _tile(pixels[key], name, each.cpu().numpy(), labels) for name, each in maps.items()
         ]
