@@ -11,7 +11,6 @@ import pytest
 import worlds
 from typer.main import get_command
 
-from pipeline import Student
 from pipeline.cli import app
 from pipeline.core.config import SECTIONS
 from pipeline.data import runs, shards
@@ -99,12 +98,11 @@ def test_duckdb_alone_reads_the_shards_as_the_readme_says(finished_world):
     assert done.returncode == 0 and "view" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(Student, "preprocess"), reason="needs Student.preprocess")
 def test_the_python_block_runs_from_a_file_to_unit_vectors(finished_world, tmp_path):
     (block,) = [b for kind, b in BLOCKS if kind == "python" and "from pipeline" in b]
     (tmp_path / DATA).symlink_to(finished_world)
     (tmp_path / "photo.jpg").write_bytes(worlds.picture(1, 90, 70, "JPEG"))
-    check = "print(image.shape, patches.shape, round(float(np.linalg.norm(image)), 3))"
+    check = "print(image.shape, patches.shape, round(float(image.norm()), 3))"
     done = subprocess.run(
         [sys.executable, "-c", f"{block}\n{check}"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
