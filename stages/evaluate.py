@@ -92,13 +92,14 @@ def evaluate(
 
 
 def _recipe(config: EvaluateConfig, data: Path) -> Recipe:
+    inputs = contents(require_inputs(data, STAGE))
     classes = Path(config.segmentation.classes)
     named = {"templates": read_templates(Path(config.templates))}
     named["classes"] = classes.read_text() if classes.is_file() else None  # asked for with masks
     return Recipe(
         parameters=config.model_dump() | named,
         versions={"evaluate": VERSION, "shards": shards.VERSION},
-        inputs=contents(require_inputs(data, STAGE)),
+        inputs=inputs,
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import worlds
 
+from pipeline.core.presets import write_preset
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "open_clip", "duckdb", "pyarrow", "numpy", "PIL", "img2dataset")
 
@@ -41,6 +43,7 @@ def folder(tmp_path_factory) -> Path:
     worlds.write_params(folder / "params.yaml", download=config)
     missing = config.model_copy(update={"manifest": "none.csv"})
     worlds.write_params(folder / "missing.yaml", download=missing)
+    write_preset("clip-vit-b32", folder / "own.yaml", force=False)
     return folder
 
 
@@ -100,10 +103,10 @@ MISTAKES = {
     "query 'SELECT 1; SELECT 2'": "exactly one SELECT",
     "query 'SELECT * FROM images'": "Run `pipeline download` first",
     "query 'SELECT 1' --format xml": "table, csv, json, parquet",
-    "import folder none --out m.csv": "is no folder",
-    "import folder empty --out m.csv": "holds no image",
-    "import folder pictures --out there.csv": "exists",
-    "import folder pictures --out file/m.csv": "a file is in the way",
+    "import folder none --out m.csv --params own.yaml": "is no folder",
+    "import folder empty --out m.csv --params own.yaml": "holds no image",
+    "import folder pictures --out there.csv --params own.yaml": "exists",
+    "import folder pictures --out file/m.csv --params own.yaml": "a file is in the way",
 }
 
 
@@ -131,7 +134,8 @@ def test_a_wrong_call_is_answered_with_usage_and_status_2(line, folder):
 
 
 def test_an_import_prints_what_to_set_next(folder, tmp_path):
-    done = pipeline("import", "folder", "pictures", "--out", tmp_path / "m.csv", cwd=folder)
+    options = "--out", tmp_path / "m.csv", "--params", "own.yaml"
+    done = pipeline("import", "folder", "pictures", *options, cwd=folder)
     assert done.returncode == 0 and "1 images" in done.stdout
     assert "download.manifest" in done.stdout and "download.root" in done.stdout
     assert (tmp_path / "m.csv").read_text().startswith("url,caption,label\nfile:a.png")

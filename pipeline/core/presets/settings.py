@@ -67,7 +67,6 @@ def values_for(images: int) -> dict[str, Value]:
     if images < FEW:
         steps = max(400, int(PASSES * trained / batch))
     return {
-        "download.buckets": max(1, min(64, images // 250)),
         "select.test": held_out,
         "distill.batch": batch,
         "distill.steps": steps,
