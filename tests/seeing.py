@@ -37,7 +37,8 @@ def handmade(data: Path) -> Path:
     write(data / "images/00000.parquet", shards.IMAGES, [*images, lost])
     views = [{"image_id": n, "view": 0, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
     views += [{"image_id": n, "view": 1, "embedding": teacher[3]} for n in NAMES]
-    write(data / "teacher/images/00000.parquet", shards.teacher_schema(SIZE), views)
+    schema = shards.teacher_schema(SIZE)  # whose row groups never mix views
+    write(data / "teacher/images/00000.parquet", schema, views[: len(NAMES)], views[len(NAMES) :])
     texts = [{"text_id": n, "text": n, "embedding": teacher[i]} for i, n in enumerate(NAMES)]
     write(data / "teacher/texts/prompts.parquet", shards.texts_schema(SIZE), texts)
     student = teacher[[1, 0, 2, 3]]
@@ -46,9 +47,13 @@ def handmade(data: Path) -> Path:
     return data / "index"
 
 
-def write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
-    """A shard of these rows; what a row leaves out is null."""
+def write(path: Path, schema: pa.Schema, *groups: list[dict]) -> None:
+    """A shard of these row groups; what a row leaves out is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    shards.write_shard(path, schema, [_table(schema, rows) for rows in groups], {})
+
+
+def _table(schema: pa.Schema, rows: list[dict]) -> pa.Table:
     columns = {}
     for field in schema:
         values = [row.get(field.name) for row in rows]
@@ -56,7 +61,7 @@ def write(path: Path, schema: pa.Schema, rows: list[dict]) -> None:
             columns[field.name] = shards.embedding_column(np.stack(values).astype(np.float16))
         else:
             columns[field.name] = pa.array(values, field.type)
-    shards.write_shard(path, schema, [pa.table(columns)], {})
+    return pa.table(columns)
 
 
 _finished: dict[Path, Path] = {}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import FOLDERS, STAGES, STAMP_FILE
 from pipeline.core.provenance import content, digest, file_digest, stamp_of
+from pipeline.core.records import NamedTeacher
 from pipeline.data import shards
 from pipeline.verify import files
 from pipeline.verify.verify import findings_text, verify
@@ -190,7 +191,7 @@ def restamp(data: Path) -> None:
             if room == "teacher" and not name.endswith("prompts.parquet"):
                 source = data / "images" / path.name
                 rebase(path, "input", file_digest(source))
-            stamp["files"][name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+            stamp["files"][name] |= {"sha256": file_digest(path), "bytes": path.stat().st_size}
         for source in STAGES[stamp["stage"]].inputs:
             stamp["recipe"]["inputs"][source] = content(stamps[source])
         stamp["stamp"] = digest(stamp["recipe"])
@@ -236,7 +237,7 @@ def restamp_student(data: Path, stamp: dict) -> None:
     path.write_text(json.dumps(card))
     for name in ("config.json", "model.safetensors"):
         file = data / "student" / name
-        stamp["files"][name] = {"sha256": file_digest(file), "bytes": file.stat().st_size}
+        stamp["files"][name] |= {"sha256": file_digest(file), "bytes": file.stat().st_size}
 
 
 def put(column: str, value, where=0):
@@ -477,7 +478,7 @@ def test_a_teacher_shard_of_another_image_shard_is_a_finding(data):
     rebase(path, "input", "0" * 32)
     entry = {"sha256": file_digest(path), "bytes": path.stat().st_size}
     worlds.forge_stamp(
-        data / "teacher", lambda stamp: stamp["files"].update({"images/00001.parquet": entry})
+        data / "teacher", lambda stamp: stamp["files"]["images/00001.parquet"].update(entry)
     )
     assert "made from another images/00001.parquet" in {f.found for f in verify(data)}
 
@@ -547,7 +548,10 @@ def test_imported_embeddings_without_some_images_keep_their_own_promise(small_wo
     shutil.copytree(small_world.data / "images", data / "images")
     vectors = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
     np.savez(tmp_path / "v.npz", embedding=vectors, url=[f"file:{i}.jpg" for i in range(40)])
-    import_embeddings(data, tmp_path / "v.npz", teacher={"name": "theirs"})
+    theirs = NamedTeacher(
+        name="theirs", model="ViT-B-32", pretrained=None, sha256=None, activation="gelu"
+    )
+    import_embeddings(data, tmp_path / "v.npz", teacher=theirs)
     select(worlds.select_config(), data)
     assert verify(data) == []
     change = put("reason", "where", lambda row: row["reason"] == "no embedding")
@@ -557,7 +561,8 @@ def test_imported_embeddings_without_some_images_keep_their_own_promise(small_wo
     shards.write_shard(path, shards.SELECTION, [table], {})
 
     def recounted(stamp: dict) -> None:
-        stamp["files"] = {path.name: {"sha256": file_digest(path), "bytes": path.stat().st_size}}
+        found = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        stamp["files"][path.name].update(found)
         recount(data, "selection", stamp["summary"])
 
     worlds.forge_stamp(data / "selection", recounted)
