@@ -163,7 +163,7 @@ def unneeded(data: Path, days: float) -> list[Path]:
         found += [
             store.path(entry)
             for entry in store.entries()
-            if entry.stored not in named and store.time(entry) < young
+            if entry.stored not in named and int(store.time(entry)) <= young  # the rest is a mark
         ]
     return found
 
