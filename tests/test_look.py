@@ -125,7 +125,7 @@ def test_one_odd_patch_does_not_flatten_the_maps(queries, photo, tmp_path, monke
     seen.student.patches[0, 0] = -seen.student.patches[0, 0]
     scales = []
     monkeypatch.setattr(
-        "pipeline.explore.look.figures.colour_bar", lambda *a, **_: scales.append(a[2:4])
+        "pipeline.explore.look.plots.colour_bar", lambda *a, **_: scales.append(a[2:4])
     )
     look_figure(seen, tmp_path / "look.png")
     views = seen.student.patches, seen.teacher.patches
@@ -150,7 +150,9 @@ def test_looking_needs_a_student(small_world, photo):
 
 
 def test_a_file_that_is_none_is_named(data, tmp_path):
-    with pytest.raises(PipelineError, match=r"nothing\.jpg cannot be read: No such file"):
+    with pytest.raises(
+        PipelineError, match=r"nothing\.jpg: no such file, and no image of the collection"
+    ):
         look(Queries(data), tmp_path / "nothing.jpg", [])
     with pytest.raises(PipelineError, match="cannot be read: Is a directory"):
         look(Queries(data), tmp_path, [])
