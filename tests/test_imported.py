@@ -11,7 +11,7 @@ import worlds
 from finished import distill_config
 from PIL import Image
 
-from pipeline.core.config import DistillConfig, DownloadConfig, EvaluateConfig, SelectConfig
+from pipeline.core.config import DistillConfig, EvaluateConfig, SelectConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import digest, read_stamp
 from pipeline.core.records import NamedTeacher, Recipe
@@ -39,12 +39,15 @@ def world(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(path)
     urls = [f"file:{'a' if i < 20 else 'b'}/{i:02} x.png" for i in range(IMAGES)]
     (root / "manifest.csv").write_text("url\n" + "\n".join(urls) + "\nfile:a/lost.png\n")
-    config = DownloadConfig(
-        manifest=str(root / "manifest.csv"), root=str(root / "photos"), rows_per_shard=30,
-        round=0, image_size=32,
-        quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
-        per_host=1, allow=[], ports=[], robots=False,
-    )  # fmt: skip
+    config = worlds.download_config(
+        root / "manifest.csv",
+        root / "photos",
+        rows_per_shard=30,
+        image_size=32,
+        quality=90,
+        timeout=10.0,
+        robots=False,
+    )
     download(config, root / "data", processes=1, threads=2)
     return root
 
@@ -183,12 +186,15 @@ def test_a_file_name_that_two_images_share_leads_to_neither(tmp_path):
         pixels = np.full((32, 32, 3), 40 * len(folder + "a" * (folder == "b")), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / folder / "same.png")
     (tmp_path / "m.csv").write_text("url\nfile:a/same.png\nfile:b/same.png\n")
-    config = DownloadConfig(
-        manifest=str(tmp_path / "m.csv"), root=str(tmp_path / "photos"), rows_per_shard=10_000,
-        round=0, image_size=32,
-        quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6, max_redirects=0,
-        per_host=1, allow=[], ports=[], robots=False,
-    )  # fmt: skip
+    config = worlds.download_config(
+        tmp_path / "m.csv",
+        tmp_path / "photos",
+        rows_per_shard=10_000,
+        image_size=32,
+        quality=90,
+        timeout=10.0,
+        robots=False,
+    )
     download(config, tmp_path / "data", processes=1, threads=1)
     source = npz(tmp_path / "v.npz", image=["same.png"], embedding=vectors(1))
     with pytest.raises(PipelineError, match="none of the embeddings belongs"):
@@ -315,12 +321,15 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
     names = np.load(shared / "clip_vit_b32/flickr8k_image_embeddings.npz")["image"][:60]
     urls = "\n".join(f"file:{name}" for name in names)
     (tmp_path / "m.csv").write_text(f"url\n{urls}\n")
-    config = DownloadConfig(
-        manifest=str(tmp_path / "m.csv"), root=str(shared / "photos/flickr8k"),
-        rows_per_shard=10_000, round=0,
-        image_size=256, quality=90, timeout=10.0, retries=0, max_bytes=10**6, max_pixels=10**6,
-        max_redirects=0, per_host=1, allow=[], ports=[], robots=False,
-    )  # fmt: skip
+    config = worlds.download_config(
+        tmp_path / "m.csv",
+        shared / "photos/flickr8k",
+        rows_per_shard=10_000,
+        image_size=256,
+        quality=90,
+        timeout=10.0,
+        robots=False,
+    )
     data, vectors_ = tmp_path / "data", shared / "clip_vit_b32"
     download(config, data, processes=1, threads=4)
     captions = vectors_ / "flickr8k_caption_embeddings.npz"
