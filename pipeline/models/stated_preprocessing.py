@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.presets.settings import Value
 from pipeline.core.records import Preprocessing
 from pipeline.models.card import LOCAL, TeacherCard
 from pipeline.models.open_clip import open_clip
@@ -52,7 +53,7 @@ def stated_preprocessing(card: TeacherCard, path: Path) -> Preprocessing:
     return preprocessing_of(stated | {"size": size}, path)
 
 
-def student_settings(card: TeacherCard, path: Path) -> dict[str, str | int]:
+def student_settings(card: TeacherCard, path: Path) -> dict[str, Value]:
     """What params.yaml must say for a student of this teacher: the names of its values -> values.
 
     The published grid of 8 x 8 patches at the teacher's image size, heads of 32 values. Raises
@@ -63,7 +64,11 @@ def student_settings(card: TeacherCard, path: Path) -> dict[str, str | int]:
     student = {"image_size": size, "patch_size": size // GRID, "embedding_size": values}
     student["heads"] = values // HEAD
     named = {f"distill.student.{name}": value for name, value in student.items()}
-    return {"teacher_embed.card": str(path), "download.image_size": max(size, STORED)} | named
+    settings: dict[str, Value] = {
+        "teacher_embed.card": str(path),
+        "download.image_size": max(size, STORED),
+    }
+    return settings | named | {"distill.image_sizes": [size]}
 
 
 def _stated(card: TeacherCard, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
