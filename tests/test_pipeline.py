@@ -36,7 +36,7 @@ def small(folder: Path, card: Path) -> Checkout:
         },
         teacher_embed={"card": str(card), "batch": 4, "dtype": "float32"},
         select={"val": 0.1, "test": 0.2},
-        distill={"student": STUDENT, **DISTILL},
+        distill={"student": STUDENT, "image_sizes": [STUDENT["image_size"]], **DISTILL},
         evaluate={"batch": 16, "prompts": ["a red circle"]},
     )  # fmt: skip
     return checkout
