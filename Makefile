@@ -11,7 +11,7 @@ endif
 
 .PHONY: demo test slow faults lint
 
-demo: $(BIN)/installed ## everything, on a small world that is drawn here: about five minutes on two cores
+demo: $(BIN)/installed ## everything, on a small world that is drawn here, in float32
 	dvc repro
 	@pipeline evaluate
 	@echo; echo "Try next (the report is data/evaluation/report.html):"
