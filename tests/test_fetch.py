@@ -307,13 +307,21 @@ def leader_in(folder: Path) -> psutil.Process:
     return next(p for p in running_in(folder) if os.getpgid(p.pid) == p.pid)
 
 
-def fatal(kill, out: Path, times: int, data: bytes):
-    """A page whose request ends a process, so many times; then it is an image."""
+def journals_hold(out: Path, rows: int) -> bool:
+    return sum(len(list(read_journal(path))) for path in out.rglob("*.rows")) >= rows
+
+
+def fatal(kill, out: Path, times: int, data: bytes, finished: int):
+    """A page whose request ends a process, so many times; then it is an image.
+
+    finished: rows asked for before. img2dataset asks for the next while it writes the last.
+    """
     left = [None] * times
 
     def answer(request):
         if left:
             left.pop()
+            web.wait_until(lambda: journals_hold(out, finished), 10)
             kill(out)
             web.never(request)
         web.body(data)(request)
@@ -325,7 +333,7 @@ def fatal(kill, out: Path, times: int, data: bytes):
 def test_a_process_that_is_killed_costs_no_finished_row_and_none_is_fetched_again(tmp_path, kill):
     """As the kernel does when memory ends: img2dataset's pool would wait for ever."""
     pages = {f"/{i}.png": picture(20 + i, 20, "PNG") for i in range(5)}
-    pages["/fatal.png"] = fatal(kill, tmp_path / "out", 1, picture(99, 20, "PNG"))
+    pages["/fatal.png"] = fatal(kill, tmp_path / "out", 1, picture(99, 20, "PNG"), 4)
     with web.serve(pages) as server:
         paths = [*list(pages)[:4], "/fatal.png", "/4.png"]
         write_list(tmp_path / "lists" / "00003.parquet", [server.url(path) for path in paths])
@@ -347,7 +355,7 @@ def test_a_process_that_is_killed_costs_no_finished_row_and_none_is_fetched_agai
 @pytest.mark.slow
 def test_a_row_that_ends_its_worker_every_time_is_lost_and_all_others_are_kept(tmp_path):
     pages = {f"/{i}.png": picture(20 + i, 20, "PNG") for i in range(6)}
-    pages["/fatal.png"] = fatal(kill_worker, tmp_path / "out", 99, b"")
+    pages["/fatal.png"] = fatal(kill_worker, tmp_path / "out", 99, b"", 6)
     with web.serve(pages) as server:
         paths = list(pages)
         for name, some in {"00000": paths[:3], "00001": paths[3:], "00002": paths[:2]}.items():

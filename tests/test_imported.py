@@ -27,6 +27,13 @@ TEACHER = NamedTeacher(
 )
 
 
+def photos_config(manifest: Path, root: Path, rows_per_shard: int, image_size: int):
+    return worlds.download_config(
+        manifest, root, rows_per_shard=rows_per_shard, image_size=image_size,
+        quality=90, timeout=10.0, robots=False,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """data/images of 40 photos of noise, twenty in each of two folders."""
@@ -39,15 +46,7 @@ def world(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(path)
     urls = [f"file:{'a' if i < 20 else 'b'}/{i:02} x.png" for i in range(IMAGES)]
     (root / "manifest.csv").write_text("url\n" + "\n".join(urls) + "\nfile:a/lost.png\n")
-    config = worlds.download_config(
-        root / "manifest.csv",
-        root / "photos",
-        rows_per_shard=30,
-        image_size=32,
-        quality=90,
-        timeout=10.0,
-        robots=False,
-    )
+    config = photos_config(root / "manifest.csv", root / "photos", 30, 32)
     download(config, root / "data", processes=1, threads=2)
     return root
 
@@ -186,15 +185,7 @@ def test_a_file_name_that_two_images_share_leads_to_neither(tmp_path):
         pixels = np.full((32, 32, 3), 40 * len(folder + "a" * (folder == "b")), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / folder / "same.png")
     (tmp_path / "m.csv").write_text("url\nfile:a/same.png\nfile:b/same.png\n")
-    config = worlds.download_config(
-        tmp_path / "m.csv",
-        tmp_path / "photos",
-        rows_per_shard=10_000,
-        image_size=32,
-        quality=90,
-        timeout=10.0,
-        robots=False,
-    )
+    config = photos_config(tmp_path / "m.csv", tmp_path / "photos", 10_000, 32)
     download(config, tmp_path / "data", processes=1, threads=1)
     source = npz(tmp_path / "v.npz", image=["same.png"], embedding=vectors(1))
     with pytest.raises(PipelineError, match="none of the embeddings belongs"):
@@ -321,15 +312,7 @@ def test_real_clip_vectors_find_their_photos_and_their_captions_agree(shared, tm
     names = np.load(shared / "clip_vit_b32/flickr8k_image_embeddings.npz")["image"][:60]
     urls = "\n".join(f"file:{name}" for name in names)
     (tmp_path / "m.csv").write_text(f"url\n{urls}\n")
-    config = worlds.download_config(
-        tmp_path / "m.csv",
-        shared / "photos/flickr8k",
-        rows_per_shard=10_000,
-        image_size=256,
-        quality=90,
-        timeout=10.0,
-        robots=False,
-    )
+    config = photos_config(tmp_path / "m.csv", shared / "photos/flickr8k", 10_000, 256)
     data, vectors_ = tmp_path / "data", shared / "clip_vit_b32"
     download(config, data, processes=1, threads=4)
     captions = vectors_ / "flickr8k_caption_embeddings.npz"

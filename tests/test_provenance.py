@@ -114,21 +114,11 @@ def test_a_run_killed_at_any_step_of_publishing_leaves_one_whole_run_or_none(tmp
     """The process ends without warning at its n-th change of a name on disk."""
     finish(tmp_path, {"n": 1})
     code = """
-        import os, sys
+        import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_provenance
-        left = int(sys.argv[3])
-        def count(real):
-            def step(*arguments, **options):
-                global left
-                if not left:
-                    os._exit(9)
-                left -= 1
-                return real(*arguments, **options)
-            return step
-        for name in ("rename", "replace", "link", "rmdir", "mkdir"):
-            setattr(os, name, count(getattr(os, name)))
+        import test_provenance, worlds
+        worlds.end_at_step(int(sys.argv[3]), "rename", "replace", "link", "rmdir", "mkdir")
         test_provenance.finish(Path(sys.argv[2]), {"n": 2})
     """
     run_code(code, Path(__file__).parent, tmp_path, step).communicate()

@@ -260,21 +260,11 @@ def test_a_run_killed_at_any_step_leaves_one_whole_out_or_none_and_goes_on(tmp_p
     """The process ends without warning at its n-th change of a name on disk."""
     run(tmp_path, plan_of(1))
     code = """
-        import os, sys
+        import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_store
-        left = int(sys.argv[3])
-        def count(real):
-            def step(*arguments, **options):
-                global left
-                if not left:
-                    os._exit(9)
-                left -= 1
-                return real(*arguments, **options)
-            return step
-        for name in ("rename", "replace", "link", "rmdir", "mkdir", "unlink"):
-            setattr(os, name, count(getattr(os, name)))
+        import test_store, worlds
+        worlds.end_at_step(int(sys.argv[3]), "rename", "replace", "link", "rmdir", "mkdir", "unlink")
         test_store.run(Path(sys.argv[2]), test_store.plan_of(2))
     """
     run_code(code, Path(__file__).parent, tmp_path, step).communicate()

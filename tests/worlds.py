@@ -154,6 +154,22 @@ def run_code(code: str, *arguments, **options) -> subprocess.Popen:
     )
 
 
+def end_at_step(steps: int, *names: str) -> None:
+    """End this process without warning at its call number `steps`, from 0, of these of os."""
+    left = iter(range(steps))
+
+    def ending(real: Callable) -> Callable:
+        def step(*arguments, **options):
+            if next(left, None) is None:
+                os._exit(9)
+            return real(*arguments, **options)
+
+        return step
+
+    for name in names:
+        setattr(os, name, ending(getattr(os, name)))
+
+
 @dataclass(frozen=True)
 class World:
     """Pictures below root, their manifest, and data/ as download and teacher_embed left it."""

@@ -52,6 +52,17 @@ def libraries(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+def read_text(file: Path, name: str, expected: str) -> str:
+    """A text file that a person wrote. Raises PipelineError where it is missing or not UTF-8.
+
+    name: what to call it; expected: sentences that say what it should hold and who names it.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{name} cannot be read ({error}). {expected}") from None
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """The one way a file becomes final: written under another name, fsynced, renamed.
 

@@ -31,7 +31,7 @@ class Work:
         self.folder = self.room / self.stamp
 
     def published(self) -> bool:
-        """True if the out already holds this very run, complete, and nothing else."""
+        """True if the out already holds this run, complete, and nothing else."""
         return is_published(self.out, self.stage, self.recipe)
 
     def begin(self) -> None:
@@ -53,7 +53,7 @@ class Work:
                     path.unlink()
 
     def earlier(self) -> list[Path]:
-        """Folders whose finished files may be taken over: other stamps' work, then the out."""
+        """Folders whose finished files may be reused: other stamps' work, then the out."""
         return [*self._other_stamps(), *([self.out] if (self.out / STAMP_FILE).is_file() else [])]
 
     def _other_stamps(self) -> list[Path]:

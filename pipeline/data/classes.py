@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import read_text
 
 MOST = 254  # values 1 to 254: 0 is background or nothing, 255 is left out
 
@@ -20,13 +21,12 @@ def read_classes(file: Path, background: Background) -> list[list[str]]:
     Raises PipelineError: no such file, no classes or too many, an empty synonym, one that occurs
     twice.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"class file {file} cannot be read ({error}). Expected a text file, a class a line; name "
-            "it in params.yaml (evaluate.segmentation.classes)."
-        ) from None
+    text = read_text(
+        file,
+        f"class file {file}",
+        "Expected a text file, a class a line; name it in params.yaml "
+        "(evaluate.segmentation.classes).",
+    )
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     classes = [[synonym.strip() for synonym in line.split(",")] for line in lines]
     named = [synonym for synonyms in classes for synonym in synonyms]

@@ -121,7 +121,7 @@ def embedding_column(vectors: np.ndarray) -> pa.Array:
 
 
 def stored_embeddings(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Arrow column -> (n, E) float16, the very bits."""
+    """Arrow column -> (n, E) float16, bit for bit."""
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return whole.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
 
@@ -173,7 +173,7 @@ def shard_paths(folder: Path, stage: str) -> list[Path]:
 
 
 def open_shard(path: Path, stage: str) -> pq.ParquetFile:
-    """A file whose pages are held against their checksums when they are read.
+    """A file whose pages are checked against their checksums when they are read.
 
     Raises PipelineError for a truncated or foreign file, with the command that mends it.
     """
@@ -194,7 +194,7 @@ def read_shard(path: Path, stage: str, columns: list[str] | None = None) -> pa.T
         if b"provenance" in (table.schema.metadata or {}):
             raise PipelineError(
                 f"{path} was written by an earlier version (no column {', '.join(sorted(missing))}). "
-                f"Run `pipeline {command(stage)}`: what it holds is taken over, not paid for again."
+                f"Run `pipeline {command(stage)}`: what it holds is reused, not paid for again."
             )
         raise _foreign(path, stage, f"no column {', '.join(sorted(missing))}")
     return table

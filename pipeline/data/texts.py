@@ -7,6 +7,7 @@ from pathlib import Path
 import duckdb
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import read_text
 
 CLASS = "{}"  # where a template takes a label
 
@@ -43,13 +44,8 @@ def class_prompts(templates: list[str], label: str) -> list[str]:
 
 
 def _lines(file: Path, kind: str, key: str) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"{kind} list {file} cannot be read ({error}). Expected a text file, a {kind} a line; "
-            f"name it in params.yaml ({key})."
-        ) from None
+    expected = f"Expected a text file, a {kind} a line; name it in params.yaml ({key})."
+    lines = read_text(file, f"{kind} list {file}", expected).splitlines()
     return sorted({line.strip() for line in lines if not line.startswith("#")} - {""})
 
 

@@ -34,14 +34,14 @@ def box_search_figures(data: Path, index: Path) -> MetricGroup | None:
     Beside each the share of images that hold the thing (floor) and the teacher's own precision
     (ceiling). index: folder of the student's vectors. Memory is that of a block of images.
     """
-    stored, _, _ = text_vectors(data, "image_id IS NULL", [])
+    stored, _, vectors = text_vectors(data, "image_id IS NULL", [])
     connection = database.connect(data, index)
     frequent = connection.execute(FREQUENT, [stored, DEPTH, MOST_TEXTS]).fetchall()
     if not frequent:
         return None
     texts = sorted(text for text, _ in frequent)
-    names, _, vectors = text_vectors(data, "image_id IS NULL AND list_contains(?, text)", [texts])
-    queries = vectors[[names.index(text) for text in texts]]  # (t, E)
+    row_of = {text: row for row, text in enumerate(stored)}
+    queries = vectors[[row_of[text] for text in texts]]  # (t, E)
     images, right = 0, np.zeros(len(texts))
     by_student, by_teacher = Best(len(texts), DEPTH), Best(len(texts), DEPTH)
     for block in _blocks(connection, index, texts):

@@ -49,15 +49,10 @@ def look(queries: Queries, named: Path | str, prompts: list[str]) -> Look:
     """
     if len(prompts) > MOST:
         raise PipelineError(f"{len(prompts)} prompts: at most {MOST} fit into one picture.")
-    student, asked, notes, teacher = queries.student, [], [], None
+    student, teacher = queries.student, None
     file = Path(named)
     image = read_image(queries.data, file) if file.exists() else stored_image(queries.data, named)
-    for prompt in prompts:
-        try:
-            asked.append(queries.text(prompt))
-            notes += asked[-1].notes
-        except PipelineError as error:
-            notes.append(f"Left out: {error}")
+    asked, notes = queries.texts(prompts)
     try:
         teacher = _teacher_view(queries, image)
     except PipelineError as error:

@@ -50,7 +50,7 @@ class Queries:
 
     @cached_property
     def teacher(self) -> "Teacher | None":
-        """The very teacher whose vectors are stored, or None: `no_teacher` then says why.
+        """The teacher whose vectors are stored, or None: `no_teacher` then says why.
 
         Weights that are not on this machine are not here: looking at pictures downloads nothing.
         Raises PipelineError where the card names another teacher.
@@ -110,6 +110,17 @@ class Queries:
             notes.append(f"Only the first {len(words)} tokens of the text count.")
         vector = self.teacher.embed_texts([text])[0]
         return Query(_short(text), vector, vector, notes)
+
+    def texts(self, texts: list[str]) -> tuple[list[Query], list[str]]:
+        """Queries for the texts that can be embedded, and notes on them and on those left out."""
+        queries, notes = [], []
+        for text in texts:
+            try:
+                queries.append(self.text(text))
+                notes += queries[-1].notes
+            except PipelineError as error:
+                notes.append(f"Left out: {error}")
+        return queries, notes
 
     def image(self, file: Path) -> Query:
         """The query for an image file: each side's own vector of it.

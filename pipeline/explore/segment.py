@@ -40,13 +40,8 @@ def segment_image(
     """
     if not 0 < len(prompts) <= MOST:
         raise PipelineError(f"{len(prompts)} prompts: name 1 to {MOST}, one a class to paint.")
-    student, asked, notes = queries.student, [], []
-    for prompt in prompts:
-        try:
-            asked.append(queries.text(prompt))
-            notes += asked[-1].notes
-        except PipelineError as error:
-            notes.append(f"Left out: {error}")
+    student = queries.student
+    asked, notes = queries.texts(prompts)
     if not asked:
         raise PipelineError(f"none of the prompts has a vector. {' '.join(notes)}")
     config = student.config

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import read_text
 
 JUDGED = frozenset({"changed", "forgotten"})  # statuses of images whose bytes could be had
 FORGOTTEN = "the list of images to forget names it"
@@ -52,13 +52,12 @@ def image_id(url: str) -> str:
 
 def read_forgotten(file: Path) -> Forgotten:
     """Raises PipelineError for a file that is missing or no UTF-8 text."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"{file} cannot be read ({error}). It lists what must be forgotten, a URL, image_id or "
-            "SHA-256 a line, and may be empty; params.yaml names it (download.forget)."
-        ) from None
+    text = read_text(
+        file,
+        str(file),
+        "It lists what must be forgotten, a URL, image_id or SHA-256 a line, and may be empty; "
+        "params.yaml names it (download.forget).",
+    )
     lines, digests = {}, set()
     for line in text.splitlines():
         entry = line.strip()

@@ -1,4 +1,4 @@
-"""What may be fetched: pure rules over URLs, addresses and paths, all of them written by strangers.
+"""What may be fetched: pure rules over URLs, addresses and paths, all of them untrusted.
 
 http and https to public addresses, and files below one root; private hosts only where the user
 names them. `pipeline.fetch.http` asks these rules before every request, redirects included.

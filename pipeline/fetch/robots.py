@@ -94,7 +94,7 @@ def forbidden_by_rule(rules: Rules, path: str) -> str | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """`*` is any text, a final `$` the end. Linear in time: the pattern is a stranger's."""
+    """`*` is any text, a final `$` the end. Linear in time: the pattern is untrusted."""
     anchored = pattern.endswith("$")
     first, *pieces = pattern.removesuffix("$").split("*")
     if not path.startswith(first):

@@ -293,7 +293,7 @@ def vector_findings(data: Path, room: str, stamp: Stamp, size: int) -> list[Find
 
 
 def provenance_findings(data: Path, stamps: Stamps) -> list[Finding]:
-    """Each shard of data/teacher was made from the very shard of data/images of its name."""
+    """Each shard of data/teacher was made from the shard of data/images of its name."""
     findings = []
     files, teacher = stamps["images"].files, stamps["teacher"]
     for name in teacher.files if teacher.stage != IMPORTED else ():
