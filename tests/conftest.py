@@ -1,7 +1,9 @@
 """Fixtures that more than one test file uses."""
 
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,23 @@ def small_world(tmp_path_factory, tiny_teacher) -> worlds.World:
     download(worlds.download_config(manifest, root), data, processes=1, threads=8)
     teacher_embed(worlds.teacher_config(tiny_teacher, prompts), data, device="cpu", workers=1)
     return worlds.World(root, manifest, tiny_teacher, prompts, data, rows)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 32 MB, and a function that leaves only some bytes of it free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+
+    def leave(free: int) -> None:
+        with (folder / "filler").open("ab") as file:
+            left = shutil.disk_usage(folder).free - free
+            file.write(b"\0" * max(0, left))
+
+    yield folder, leave
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

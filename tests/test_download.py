@@ -522,3 +522,32 @@ def test_a_forgotten_image_leaves_no_byte_url_or_caption_and_the_rest_is_not_fet
     for row in gone:
         for secret in (row["jpg"], row["caption"].encode(), row["url"].encode()):
             assert not any(secret in content for content in held)
+
+
+def test_a_disk_that_fills_while_images_arrive_is_named_as_such(disk, tmp_path):
+    """By the command itself, on a real full file system; the same command then goes on."""
+    folder, leave = disk
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(noise).save(file := io.BytesIO(), "JPEG")
+
+    def fill_the_disk(request):
+        leave(0)
+        web.body(file.getvalue())(request)
+
+    pages = dict.fromkeys([f"/{i}.jpg" for i in range(6)], file.getvalue())
+    scripted = pages | {"/3.jpg": fill_the_disk}
+    with web.serve(scripted) as server:
+        rows = [{"url": server.url(path)} for path in pages]
+        manifest = worlds.write_manifest(tmp_path / "manifest.csv", rows)
+        config = worlds.download_config(manifest, tmp_path, image_size=400)
+        params = worlds.write_params(tmp_path / "params.yaml", download=config)
+        command = [sys.executable, "-m", "pipeline.cli", "download", "--processes", "1"]
+        command += ["--threads", "1", "--params", params, "--data", folder / "data"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert ended.returncode == 1, ended.stderr
+        assert "error: the disk is full (" in ended.stderr, ended.stderr
+        assert "Traceback" not in ended.stderr and "ended (" not in ended.stderr
+        (folder / "filler").unlink()
+        scripted |= pages
+        again = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert again.returncode == 0, again.stderr

@@ -147,26 +147,6 @@ def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
     bench.judge(room, data, counts)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 32 MB, and a function that leaves only some bytes of it free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-
-    def leave(free: int) -> None:
-        with (folder / "filler").open("ab") as file:
-            left = shutil.disk_usage(folder).free - free
-            file.write(b"\0" * max(0, left))
-
-    yield folder, leave
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("free", [0, 64 << 10])
 @pytest.mark.parametrize("room", FOLDERS)

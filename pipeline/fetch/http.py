@@ -233,7 +233,11 @@ class Opener:
             error, asked = known.error, known.tries > self.rules.retries
             detail = f"robots.txt of {target.host}: {error.detail}"
             raise FetchError(error.status, detail, error.final or asked, error.pause_s)
-        if pattern := forbidden_by_rule(known, target.path):
+        try:
+            pattern = forbidden_by_rule(known, target.path)
+        except TooManyRules as error:
+            raise FetchError("robots", f"robots.txt of {target.host}: {error}") from None
+        if pattern:
             raise FetchError(
                 "robots", f"robots.txt of {target.host}: Disallow: {pattern[:LONGEST_RULE]}"
             )

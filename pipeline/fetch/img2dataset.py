@@ -11,6 +11,7 @@ handler would end us with status 0. Its workers keep a journal of finished rows.
 killed, or all of img2dataset hangs or ends, it is started anew for the rows that are not in one.
 """
 
+import errno
 import functools
 import io
 import json
@@ -32,9 +33,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import FULL
 from pipeline.fetch.decoder import Decoder
 from pipeline.fetch.http import LONGEST_PAUSE_S, Opener
-from pipeline.fetch.journal import SUFFIX, JournalWriter, read_journal, write_rows
+from pipeline.fetch.journal import (
+    SPACE,
+    SUFFIX,
+    JournalWriter,
+    read_journal,
+    tell_if_full,
+    write_rows,
+)
 from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchError, FetchRules, split_error
 
 __all__ = ["RETRYABLE", "STATUSES", "FetchRules", "fetch_lists", "split_error"]
@@ -68,7 +77,8 @@ def fetch_lists(
     `report` is told now and then which hosts have cost most seconds by failures and slow answers.
 
     A list that loses its worker TRIES times lacks the rows that were never finished.
-    Raises PipelineError where img2dataset does not even begin; failed images are rows.
+    Raises PipelineError where img2dataset does not even begin, OSError (ENOSPC) where the disk is
+    full; failed images are rows.
     """
     waiting = _rows_per_list(lists)
     shutil.rmtree(out, ignore_errors=True)
@@ -83,6 +93,7 @@ def fetch_lists(
                 journals[name].append(attempt.journal(name))
                 yield _finished(name, out, waiting, journals)
         if waiting and watching.failed:
+            attempt.require_space()
             raise _unfinished(watching.ending, waiting, out)
         begun = [name for name in sorted(waiting) if attempt.journal(name).exists()]
         for name in begun:
@@ -130,6 +141,8 @@ class _Attempt:
         self.log, self.lists, self.raw = out / LOG, folder / "lists", folder / "raw"
         self.lists.mkdir(parents=True)
         self.raw.mkdir()
+        for name in (SPACE, _BEAT):
+            (self.raw / name).touch()
         self.rows = max(waiting.values())
         for name in waiting:
             rows = pq.read_table(lists / name)
@@ -154,8 +167,16 @@ class _Attempt:
             return not self.is_done(name)
         return False
 
-    def last_sign(self) -> int | None:
-        return (self.raw / _BEAT).stat().st_mtime_ns if (self.raw / _BEAT).exists() else None
+    def last_sign(self) -> int:
+        return (self.raw / _BEAT).stat().st_mtime_ns
+
+    def found_no_space(self) -> bool:
+        return not (self.raw / SPACE).exists()
+
+    def require_space(self) -> None:
+        """Raises OSError (ENOSPC) where a process found no space, or there is hardly any."""
+        if self.found_no_space() or shutil.disk_usage(self.raw).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.raw))
 
     def slowest_hosts(self) -> dict[str, float]:
         """Seconds lost to hosts, added over the workers; the dearest hosts first."""
@@ -186,11 +207,14 @@ class _Watch:
             if time.monotonic() - reported > _REPORT_S and (hosts := attempt.slowest_hosts()):
                 self.report(hosts)
                 reported = time.monotonic()
+            if waiting and attempt.found_no_space():
+                self.ending, self.failed = "found the disk full", True
+                return
             if done or attempt.last_sign() != seen:
                 seen, since = attempt.last_sign(), time.monotonic()
             elif ended is not None:
                 self.ending = f"ended (exit code {ended})"
-                self.failed = ended >= 0  # by itself: a full disk, a broken installation
+                self.failed = ended >= 0  # by itself: a broken installation
                 return
             elif time.monotonic() - since > self.patience:
                 self.ending = f"did nothing for {self.patience:.0f} s"
@@ -282,10 +306,13 @@ class GuardedDownloader:
         from img2dataset import downloader
 
         downloader.exifread = CountBytes  # in place of a parser of untrusted bytes
-        (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
         urllib.request.install_opener(_opener(self.rules, self.raw))
         try:
+            (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
             return self.downloader(shard)
+        except OSError as error:
+            tell_if_full(self.raw, error)
+            raise
         finally:
             _tell_hosts(self.rules, self.raw)
 
@@ -307,7 +334,8 @@ def _opener(rules: FetchRules, raw: Path) -> Opener:
 def _tell_hosts(rules: FetchRules, raw: Path) -> None:
     """What hosts have cost this process, for the progress that the caller shows."""
     costs = _opener(rules, raw).hosts.slowest(SLOWEST)
-    (raw / f"{os.getpid()}.hosts").write_text(json.dumps(costs))
+    with suppress(OSError):  # a full disk is told by what needs it
+        (raw / f"{os.getpid()}.hosts").write_text(json.dumps(costs))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Rows of one shard as they are finished, readable however the process that wrote them ended."""
 
+import errno
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SUFFIX = ".rows"
+SPACE = "space"  # a file beside the journals, deleted by whoever finds the disk full
 RAW = pa.schema(
     [
         *((name, pa.string()) for name in ("image_id", "url", "status", "error_message")),
@@ -28,7 +30,8 @@ class JournalWriter:
     def __init__(
         self, shard_id, output_folder, save_caption, oom_shard_count, schema, encode_format
     ):
-        path = Path(output_folder) / f"{shard_id:0{oom_shard_count}d}{SUFFIX}"
+        self.folder = Path(output_folder)
+        path = self.folder / f"{shard_id:0{oom_shard_count}d}{SUFFIX}"
         self.file = path.open("ab", buffering=0)
         self.failure: OSError | None = None
 
@@ -42,6 +45,7 @@ class JournalWriter:
         except OSError as error:  # img2dataset prints it and goes on to the next row
             self.file.truncate(end)  # half a row would hide those behind it
             self.failure = error
+            tell_if_full(self.folder, error)
             raise
 
     def close(self) -> None:
@@ -49,6 +53,12 @@ class JournalWriter:
         self.file.close()
         if self.failure:
             raise self.failure
+
+
+def tell_if_full(folder: Path, error: OSError) -> None:
+    """Where the disk is full, tell the process that watches the folder: deleting needs no space."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        (folder / SPACE).unlink(missing_ok=True)
 
 
 def read_journal(path: Path) -> Iterator[dict]:

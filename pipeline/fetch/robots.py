@@ -13,17 +13,19 @@ from urllib.parse import unquote
 NO_USE = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 
+MOST_COMPARISONS = 100_000_000  # characters of rules with wildcards times those of a path: 0.1 s
 MOST_RULES = 5_000  # of one robots.txt that count for us; the longest known have some thousand
 KEPT_CHARACTERS = 8_000_000  # of all the rules that a cache keeps
 
 Rules = list[tuple[str, bool]]  # pattern, allowed
+_STARS = re.compile(r"\*+")
 _LINE = re.compile(
     r"^[ \t]*(user-agent|allow|disallow)[ \t]*:([^#\n]*)", re.IGNORECASE | re.MULTILINE
 )
 
 
 class TooManyRules(ValueError):
-    """More rules than are checked for every path."""
+    """More rules than are checked, or too long ones for so long a path."""
 
 
 def robots_rules(text: str, names: Iterable[str]) -> Rules:
@@ -46,7 +48,7 @@ def robots_rules(text: str, names: Iterable[str]) -> Rules:
             found_us |= for_us
             continue
         in_rules = True
-        rule = [(unquote(value), key == "allow")] if value else []
+        rule = [(_STARS.sub("*", unquote(value)), key == "allow")] if value else []
         ours += rule if for_us else []
         everyone += rule if for_all else []
         if max(len(ours), len(everyone)) > MOST_RULES:
@@ -85,9 +87,12 @@ class RobotsCache:
 def forbidden_by_rule(rules: Rules, path: str) -> str | None:
     """The pattern that forbids path (with its query), or None.
 
-    The longest pattern that matches decides; allow wins a tie.
+    The longest pattern that matches decides; allow wins a tie. Looking for what follows a wildcard
+    can cost the product of both lengths: raises TooManyRules beyond MOST_COMPARISONS.
     """
     path = unquote(path)
+    if len(path) * sum(len(pattern) for pattern, _ in rules if "*" in pattern) > MOST_COMPARISONS:
+        raise TooManyRules(f"rules too many and too long for a path of {len(path)} characters")
     matching = [(len(p), allowed, p) for p, allowed in rules if _matches(p, path)]
     _, allowed, pattern = max(matching, default=(0, True, ""))
     return None if allowed else pattern
