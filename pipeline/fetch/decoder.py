@@ -68,7 +68,7 @@ class Decoder:
         was too busy, and `lost` where the system killed the child.
         """
         if self.child is None:
-            self._start()
+            self.child = self._start()
         deadline = time.monotonic() + self.wall_s
         try:
             self.line.settimeout(self.wall_s)
@@ -79,9 +79,10 @@ class Decoder:
             self.close()
             raise FetchError("timeout", f"not decoded in {self.wall_s:g} s") from None
         except (EOFError, OSError):
-            raise self._why_it_ended() from None
+            raise self._why_it_ended(self.child) from None
         if outcome == _OK:
-            return body, *sizes
+            width, height, original_width, original_height = sizes
+            return body, width, height, original_width, original_height
         raise FetchError(_STATUSES[outcome], body.decode())
 
     def _answer(self, deadline: float) -> tuple[int, list[int], bytes]:
@@ -103,23 +104,23 @@ class Decoder:
             self.line.close()
             self.child = None
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         self.line, other = socket.socketpair()
         code = _CHILD.format(str(Path(__file__).resolve().parents[2]))
         with other:
             numbers = [other.fileno(), *self.arguments]
-            self.child = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-P", "-c", code, *map(str, numbers), str(self.cpu_s)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
                 env=os.environ | _ENVIRONMENT,
             )
 
-    def _why_it_ended(self) -> FetchError:
+    def _why_it_ended(self, child: subprocess.Popen) -> FetchError:
         """The status of an image whose child is gone, by the signal that ended it."""
         with suppress(subprocess.TimeoutExpired):
-            self.child.wait(self.wall_s)
-        code = self.child.returncode
+            child.wait(self.wall_s)
+        code = child.returncode
         self.close()
         if code == -signal.SIGPROF:
             return FetchError("undecodable", f"not decoded in {self.cpu_s:g} s of processor time")

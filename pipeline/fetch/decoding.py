@@ -10,6 +10,8 @@ import re
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.data.pixels import NotAnImage, decode
 
@@ -79,7 +81,9 @@ def canonical_jpeg(
         raise NotAnImage(f"{type(error).__name__}: {error}") from None
 
 
-def _store(image: Image.Image, data: bytes, image_size: int, quality: int, max_pixels: int):
+def _store(
+    image: ImageFile, data: bytes, image_size: int, quality: int, max_pixels: int
+) -> tuple[bytes, int, int, int, int]:
     width, height = image.size
     _require_few_pixels(width, height, max_pixels)
     _require_allowed_decoder(image, data)
@@ -137,17 +141,17 @@ def _webp_canvas(data: bytes) -> tuple[int, int]:
     return side[0], side[1]
 
 
-def _require_allowed_decoder(image: Image.Image, data: bytes) -> None:
-    codecs = {tile[0] for tile in image.tile}
-    if other := codecs - CODECS[image.format]:
+def _require_allowed_decoder(image: ImageFile, data: bytes) -> None:
+    codecs, allowed = {tile[0] for tile in image.tile}, CODECS[image.format or ""]
+    if other := codecs - allowed:
         raise NotAnImage(f"{image.format} with {', '.join(sorted(other))}, which is not decoded")
-    if CODECS[image.format] == {"jpeg"} and (scans := count_scans(data)) > MOST_SCANS:
+    if allowed == {"jpeg"} and (scans := count_scans(data)) > MOST_SCANS:
         raise Undecodable(f"a JPEG of {scans} scans; at most {MOST_SCANS} are decoded")
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         _require_plain_tiff(image)
 
 
-def _require_plain_tiff(image: Image.Image) -> None:
+def _require_plain_tiff(image: TiffImageFile) -> None:
     """libtiff allocates a whole tile or strip, whatever the size of the image."""
     tags = image.tag_v2
     if (compression := tags.get(259, 1)) not in TIFF_COMPRESSIONS:

@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from email.utils import parsedate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, cast
 from urllib.parse import quote, urljoin
+from urllib.request import Request
 
 from pipeline.fetch.hosts import Hosts
 from pipeline.fetch.policy import (
     PLAIN,
     PORTS,
+    Address,
     FetchError,
     FetchRules,
     Target,
@@ -39,10 +41,14 @@ from pipeline.fetch.robots import (
     RobotsCache,
     Rules,
     TooManyRules,
+    UnknownRules,
     forbidden_by_rule,
     forbidden_by_tag,
     robots_rules,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 ROBOTS_BYTES = 500 * 1024  # of a robots.txt that are read: what RFC 9309 asks at least
 LONGEST_PAUSE_S = 8.0  # between two tries, unless the server asks for a longer one
@@ -81,7 +87,7 @@ class _Wire(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         self.sock.settimeout(self.clock.left())
         return self.sock.recv_into(buffer)
 
@@ -101,9 +107,11 @@ class Opener:
         self.tls = ssl.create_default_context()
         self.hosts = Hosts(rules.per_host, rules.timeout_s)
         self.locks: dict[str, threading.Lock] = {}  # by origin
-        self.robots = RobotsCache()  # of Rules, and of _Unknown where there is no answer
+        self.robots = RobotsCache()
 
-    def open(self, request, data=None, timeout=None) -> io.BytesIO:
+    def open(
+        self, request: Request, data: object = None, timeout: float | None = None
+    ) -> io.BytesIO:
         """The body of an urllib Request's URL; its headers and time-out give way to the rules.
 
         Raises FetchError.
@@ -173,7 +181,7 @@ class Opener:
             self._require_allowed(target, ipaddress.ip_address(text), from_public)
         return found
 
-    def _require_allowed(self, target: Target, address, from_public: bool) -> None:
+    def _require_allowed(self, target: Target, address: Address, from_public: bool) -> None:
         """Raises FetchError `refused`, unless the address is public or `allow` names it."""
         public = is_public(address) and not is_own(address)
         if is_allowed(target.host, address, self.rules.allow):
@@ -185,7 +193,9 @@ class Opener:
             raise FetchError("refused", f"port {target.port}; `download.ports` may allow it")
 
     @contextmanager
-    def _connected(self, target: Target, addresses: list[tuple], clock: _Clock):
+    def _connected(
+        self, target: Target, addresses: list[tuple], clock: _Clock
+    ) -> Iterator[socket.socket]:
         """A socket to the first address that answers, inside TLS for https."""
         for i, (family, address) in enumerate(addresses):
             sock = socket.socket(family, socket.SOCK_STREAM)
@@ -205,14 +215,16 @@ class Opener:
                 with self.tls.wrap_socket(sock, server_hostname=target.host) as wrapped:
                     yield wrapped
 
-    def _get(self, target: Target, sock, clock: _Clock) -> http.client.HTTPResponse:
+    def _get(self, target: Target, sock: socket.socket, clock: _Clock) -> http.client.HTTPResponse:
         """The response's head; its body is read under the same deadline."""
         sock.sendall(
             f"GET {target.path} HTTP/1.1\r\nHost: {target.origin.split('//')[1]}\r\n"
             f"User-Agent: {self.rules.user_agent}\r\nAccept: image/*, */*;q=0.5\r\n"
             "Accept-Encoding: identity\r\nConnection: close\r\n\r\n".encode("ascii")
         )
-        response = http.client.HTTPResponse(_Wire(sock, clock), method="GET")
+        # of a socket, the response wants `makefile` alone
+        wire = cast(socket.socket, _Wire(sock, clock))
+        response = http.client.HTTPResponse(wire, method="GET")
         response.begin()
         return response
 
@@ -229,7 +241,7 @@ class Opener:
             known = self._robots_of(target.origin, clock)
         finally:
             lock.release()
-        if isinstance(known, _Unknown):
+        if isinstance(known, UnknownRules):
             error, asked = known.error, known.tries > self.rules.retries
             detail = f"robots.txt of {target.host}: {error.detail}"
             raise FetchError(error.status, detail, error.final or asked, error.pause_s)
@@ -242,14 +254,16 @@ class Opener:
                 "robots", f"robots.txt of {target.host}: Disallow: {pattern[:LONGEST_RULE]}"
             )
 
-    def _robots_of(self, origin: str, clock: _Clock) -> "Rules | _Unknown":
+    def _robots_of(self, origin: str, clock: _Clock) -> Rules | UnknownRules:
         """RFC 9309: no robots.txt allows all, one that cannot be had forbids all.
 
         One that fails is asked again for other URLs, as often as a URL is tried.
         """
         known = self.robots.get(origin)
-        tries = known.tries if isinstance(known, _Unknown) else 0
-        if known is None or (tries and not known.error.final and tries <= self.rules.retries):
+        tries, again = 0, False
+        if isinstance(known, UnknownRules):
+            tries, again = known.tries, not known.error.final and known.tries <= self.rules.retries
+        if known is None or again:
             began = time.monotonic()
             in_full = clock.deadline - began > self.rules.timeout_s / 2
             try:
@@ -257,27 +271,20 @@ class Opener:
                     body = _read(response, ROBOTS_BYTES)
                 known = robots_rules(body.decode("utf-8", "replace"), self.rules.names)
             except TooManyRules as error:
-                known = _Unknown(FetchError("robots", str(error)), 1)
+                known = UnknownRules(FetchError("robots", str(error)), 1)
             except FetchError as error:
-                known = [] if error.status == "not_found" else _Unknown(error, tries + 1)
+                known = [] if error.status == "not_found" else UnknownRules(error, tries + 1)
                 if error.status == "timeout" and not in_full:
                     return known  # earlier hops had used the time up: says nothing of this origin
             self.robots.put(origin, known)
         return known
 
 
-class _Unknown(NamedTuple):
-    """A robots.txt that could not be had."""
-
-    error: FetchError
-    tries: int
-
-
 def _resolve(host: str, port: int, clock: _Clock) -> list[tuple]:
     """(family, sockaddr) of a host. In a thread: getaddrinfo knows no time-out."""
     answer: Future = Future()
 
-    def ask():
+    def ask() -> None:
         try:
             answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except Exception as error:
@@ -315,13 +322,14 @@ def retry_after(text: str, now: float) -> float:
     if re.fullmatch(r"\s*[0-9]{1,15}\s*", text):
         return float(text)
     try:
-        return max(0.0, timegm(parsedate(text)) - now)  # dates of HTTP are in GMT
+        date = parsedate(text)  # in GMT, as all dates of HTTP
+        return max(0.0, timegm(date) - now) if date else 0.0
     except (ValueError, TypeError, OverflowError, IndexError):
         return 0.0
 
 
 @contextmanager
-def _named_errors():
+def _named_errors() -> Iterator[None]:
     """Whatever a network does, as a FetchError."""
     try:
         yield

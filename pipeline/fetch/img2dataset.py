@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 
@@ -50,6 +51,7 @@ __all__ = ["RETRYABLE", "STATUSES", "FetchRules", "fetch_lists", "split_error"]
 
 LOG = "img2dataset.log"
 STALL_GRACE_S = 120.0  # to start processes and decode what was fetched, without a request
+Report = Callable[[dict[str, float]], None]  # seconds that each of the slowest hosts has cost
 SIZE = "bytes"  # key in the column exif
 TRIES = 3  # to fetch a list whose worker dies; after them its missing rows are lost
 SLOWEST = 3  # hosts that are reported
@@ -67,7 +69,7 @@ def fetch_lists(
     rules: FetchRules,
     processes: int,
     threads: int,
-    report: Callable[[dict[str, float]], None] = lambda hosts: None,
+    report: Report = lambda hosts: None,
 ) -> Iterator[Path]:
     """Fetch every list; yield out/NNNNN.parquet, named as its list, as soon as it is complete.
 
@@ -190,7 +192,7 @@ class _Attempt:
 class _Watch:
     """Names of lists as they are finished; ends when no more of them will be."""
 
-    def __init__(self, attempt: _Attempt, child: subprocess.Popen, patience: float, report):
+    def __init__(self, attempt: _Attempt, child: subprocess.Popen, patience: float, report: Report):
         self.attempt, self.child, self.patience, self.report = attempt, child, patience, report
         self.done: list[str] = []
         self.ending, self.failed = "lost its workers", False
@@ -225,7 +227,9 @@ class _Watch:
 
 
 @contextmanager
-def _running(attempt: _Attempt, rules: FetchRules, processes: int, threads: int):
+def _running(
+    attempt: _Attempt, rules: FetchRules, processes: int, threads: int
+) -> Iterator[subprocess.Popen]:
     """img2dataset as the leader of a session of its own, which a Ctrl-C does not reach.
 
     Its standard input is a pipe that we hold: when we are gone it reads an end of file.
@@ -243,6 +247,7 @@ def _running(attempt: _Attempt, rules: FetchRules, processes: int, threads: int)
             env=os.environ | quiet,
             start_new_session=True,
         )
+    assert child.stdin is not None  # a pipe, as asked
     try:
         with suppress(BrokenPipeError):  # it died at once: the caller sees that
             order = attempt.lists, attempt.raw, rules, processes, threads, attempt.rows
@@ -266,7 +271,7 @@ def _child() -> None:
     import img2dataset.main  # hidden behind the function of the same name
 
     guarded = functools.partial(GuardedDownloader, rules, raw)
-    sys.modules["img2dataset.main"].Downloader = guarded
+    setattr(sys.modules["img2dataset.main"], "Downloader", guarded)  # noqa: B010
     img2dataset.download(
         url_list=str(lists),
         input_format="parquet",
@@ -292,21 +297,22 @@ def _die_with_parent() -> None:
 class GuardedDownloader:
     """Stands for img2dataset's Downloader in its pool of spawned workers."""
 
-    def __init__(self, rules: FetchRules, raw: Path, **arguments):
+    def __init__(self, rules: FetchRules, raw: Path, **arguments: Any):
         from img2dataset.downloader import Downloader
 
         self.rules, self.raw = rules, raw
         ours = {"resizer": CanonicalResizer(rules, raw), "sample_writer_class": JournalWriter}
         self.downloader = Downloader(**arguments | ours)
 
-    def __call__(self, shard):
+    def __call__(self, shard: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
         """(whether it worked, shard), as img2dataset's distributor expects it."""
         import urllib.request
 
         from img2dataset import downloader
 
-        downloader.exifread = CountBytes  # in place of a parser of untrusted bytes
-        urllib.request.install_opener(_opener(self.rules, self.raw))
+        setattr(downloader, "exifread", CountBytes)  # noqa: B010 - no parser of untrusted bytes
+        opener = cast(urllib.request.OpenerDirector, _opener(self.rules, self.raw))
+        urllib.request.install_opener(opener)
         try:
             (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
             return self.downloader(shard)
@@ -358,7 +364,7 @@ class CanonicalResizer:
     def __init__(self, rules: FetchRules, raw: Path):
         self.rules, self.raw = rules, raw
 
-    def __call__(self, stream: io.BytesIO, bboxes=None):
+    def __call__(self, stream: io.BytesIO, bboxes: object = None) -> tuple:
         """(jpg or None, width, height, original width, original height, error or None)."""
         (self.raw / _BEAT).touch()
         try:

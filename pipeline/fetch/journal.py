@@ -28,14 +28,20 @@ class JournalWriter:
     """Stands for img2dataset's writers: a row is in the file as soon as it is written."""
 
     def __init__(
-        self, shard_id, output_folder, save_caption, oom_shard_count, schema, encode_format
+        self,
+        shard_id: int,
+        output_folder: str,
+        save_caption: bool,
+        oom_shard_count: int,
+        schema: pa.Schema,
+        encode_format: str,
     ):
         self.folder = Path(output_folder)
         path = self.folder / f"{shard_id:0{oom_shard_count}d}{SUFFIX}"
         self.file = path.open("ab", buffering=0)
         self.failure: OSError | None = None
 
-    def write(self, jpg: bytes | None, key, caption, meta: dict) -> None:
+    def write(self, jpg: bytes | None, key: str, caption: str | None, meta: dict) -> None:
         text = json.dumps({name: meta.get(name) for name in RAW.names if name != "jpg"}).encode()
         jpg = jpg or b""
         end, left = self.file.seek(0, os.SEEK_END), _LENGTHS.pack(len(text), len(jpg)) + text + jpg

@@ -337,12 +337,12 @@ FROM rows WHERE bucket = ? ORDER BY image_id, occurrence
 
 def list_digest(path: Path) -> str:
     """32 hex digits of the SHA-256 of a list's rows: the same whatever library wrote the file."""
-    found = hashlib.sha256()
+    rows = hashlib.sha256()
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
-                found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return found.hexdigest()[:32]
+                rows.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return rows.hexdigest()[:32]
 
 
 def _content_of(root: Path, max_bytes: int) -> Callable[[str], str | None]:

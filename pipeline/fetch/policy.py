@@ -4,6 +4,7 @@ http and https to public addresses, and files below one root; private hosts only
 names them. `pipeline.fetch.http` asks these rules before every request, redirects included.
 """
 
+import io
 import ipaddress
 import os
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.fetch.containers import read_inside, split_inside
@@ -25,6 +26,8 @@ RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost", "put_of
 STATUSES = RETRYABLE | {
     *("refused", "robots", "not_found", "too_large", "not_an_image", "undecodable"),
 }
+
+Address = IPv4Address | IPv6Address
 
 PLAIN = "/%:=&?~+!$,;'@()*[]|"  # characters of a path or query that are sent as they are
 PORTS = frozenset({80, 443, 8080, 8443})  # of public hosts; a parameter adds to them
@@ -155,7 +158,7 @@ def parse_url(url: str) -> Target:
     return Target(parts.scheme, host, port, quote((parts.path or "/") + query, safe=PLAIN))
 
 
-def is_public(address: IPv4Address | IPv6Address) -> bool:
+def is_public(address: Address) -> bool:
     """Whether an address, and every IPv4 address it may carry inside, is on the public internet."""
     if address.version == 4:
         return not any(address in network for network in _NOT_PUBLIC_4)
@@ -192,7 +195,7 @@ def _may_be_translated_inside(address: int) -> bool:
     return False
 
 
-def is_own(address: IPv4Address | IPv6Address) -> bool:
+def is_own(address: Address) -> bool:
     """Whether an interface of this machine has the address: then it is our own source towards it.
 
     Nothing is sent.
@@ -206,7 +209,7 @@ def is_own(address: IPv4Address | IPv6Address) -> bool:
         return False
 
 
-def is_allowed(host: str, address: IPv4Address | IPv6Address, allow: tuple[str, ...]) -> bool:
+def is_allowed(host: str, address: Address, allow: tuple[str, ...]) -> bool:
     """Whether `allow` names the host, or a network that holds the address."""
     for entry in allow:
         try:
@@ -239,7 +242,7 @@ def local_path(url: str, root: Path | None) -> Path:
 
 
 @contextmanager
-def open_local(url: str, root: Path | None) -> Iterator[BinaryIO]:
+def open_local(url: str, root: Path | None) -> Iterator[io.BufferedReader]:
     """A regular file below root, opened without following links. Raises FetchError."""
     path = local_path(url, root)
     try:  # NONBLOCK: opening a FIFO would wait for its writer

@@ -8,7 +8,10 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import NamedTuple
 from urllib.parse import unquote
+
+from pipeline.fetch.policy import FetchError
 
 NO_USE = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _WITH_VALUE = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
@@ -22,6 +25,13 @@ _STARS = re.compile(r"\*+")
 _LINE = re.compile(
     r"^[ \t]*(user-agent|allow|disallow)[ \t]*:([^#\n]*)", re.IGNORECASE | re.MULTILINE
 )
+
+
+class UnknownRules(NamedTuple):
+    """A robots.txt that could not be had."""
+
+    error: FetchError
+    tries: int
 
 
 class TooManyRules(ValueError):
@@ -61,10 +71,10 @@ class RobotsCache:
 
     def __init__(self, characters: int = KEPT_CHARACTERS):
         self.most, self.held = characters, 0
-        self.entries: OrderedDict[str, tuple[object, int]] = OrderedDict()
+        self.entries: OrderedDict[str, tuple[Rules | UnknownRules, int]] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, origin: str):
+    def get(self, origin: str) -> Rules | UnknownRules | None:
         """What was put there, or None."""
         with self.lock:
             if origin not in self.entries:
@@ -72,12 +82,12 @@ class RobotsCache:
             self.entries.move_to_end(origin)
             return self.entries[origin][0]
 
-    def put(self, origin: str, known: object) -> None:
+    def put(self, origin: str, known: Rules | UnknownRules) -> None:
         size = 300 + len(origin)  # of an entry without rules
         if isinstance(known, list):
             size += sum(100 + len(pattern) for pattern, _ in known)
         with self.lock:
-            self.held += size - self.entries.pop(origin, (None, 0))[1]
+            self.held += size - self.entries.pop(origin, ([], 0))[1]
             self.entries[origin] = known, size
             while self.held > self.most and len(self.entries) > 1:
                 _, (_, freed) = self.entries.popitem(last=False)

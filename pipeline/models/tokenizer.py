@@ -9,13 +9,20 @@ replacements; what looks at more than one character cannot be, and `differs_by_r
 import html
 import json
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_json
 from pipeline.models.open_clip import open_clip
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer, normalizers
+
+SimpleTokenizer = open_clip.tokenizer.SimpleTokenizer
+OpenClipTokenizer = SimpleTokenizer | open_clip.tokenizer.HFTokenizer
 
 # Where ftfy changes single characters: control characters, ligatures, quotes, full-width forms.
 CHANGED = [
@@ -28,7 +35,7 @@ CLEANING = ("lower", "whitespace", "canonicalize")  # by open_clip's names
 FINAL_SIGMA, IOTA_BELOW = "Σ", "\u0345"
 
 
-def write_tokenizer(tokenize: Callable, length: int, folder: Path) -> dict:
+def write_tokenizer(tokenize: OpenClipTokenizer, length: int, folder: Path) -> dict:
     """Write tokenizer.json and tokenizer_config.json for a tokenizer of open_clip's.
 
     length: tokens of a text, padding included. Returns the cleaning as open_clip's configuration
@@ -46,7 +53,7 @@ def write_tokenizer(tokenize: Callable, length: int, folder: Path) -> dict:
     return {"clean": _cleaning(tokenize)}
 
 
-def read_tokenizer(folder: Path):
+def read_tokenizer(folder: Path) -> "Tokenizer":
     """The written tokenizer as a program of others sets it up: padded, cut at the length."""
     from tokenizers import Tokenizer
 
@@ -58,7 +65,7 @@ def read_tokenizer(folder: Path):
     return tokenizer
 
 
-def check_tokenizer(tokenize: Callable, folder: Path, texts: Iterable[str]) -> list[str]:
+def check_tokenizer(tokenize: OpenClipTokenizer, folder: Path, texts: Iterable[str]) -> list[str]:
     """The texts that the written tokenizer reads otherwise, each by a rule of `differs_by_rule`.
 
     Raises PipelineError for a text that differs by none.
@@ -98,8 +105,8 @@ def differs_by_rule(text: str) -> str | None:
     return None
 
 
-def portable(tokenize: Callable) -> tuple:
-    """(tokenizers.Tokenizer, its padding token) that reads texts as open_clip's tokenizer does.
+def portable(tokenize: OpenClipTokenizer) -> "tuple[Tokenizer, str]":
+    """(tokenizer, its padding token) that reads texts as open_clip's tokenizer does.
 
     Raises PipelineError where the package tokenizers is missing.
     """
@@ -109,7 +116,7 @@ def portable(tokenize: Callable) -> tuple:
         raise PipelineError(
             'no package tokenizers. Run `pip install "extrahead[export]"` first.'
         ) from None
-    if isinstance(tokenize, open_clip.tokenizer.SimpleTokenizer):
+    if isinstance(tokenize, SimpleTokenizer):
         tokenizer, pad = _from_bpe(tokenize), "!"  # "!" has the id 0, with which open_clip pads
     else:
         theirs = tokenize.tokenizer  # of transformers
@@ -123,10 +130,11 @@ def portable(tokenize: Callable) -> tuple:
     return tokenizer, pad
 
 
-def _from_bpe(tokenize):
+def _from_bpe(tokenize: SimpleTokenizer) -> "Tokenizer":
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
-    merges = sorted(tokenize.bpe_ranks, key=tokenize.bpe_ranks.get)
+    ranks = tokenize.bpe_ranks  # pair of pieces -> its turn
+    merges = [(first, second) for first, second in sorted(ranks, key=ranks.__getitem__)]
     tokenizer = Tokenizer(
         models.BPE(vocab=tokenize.encoder, merges=merges, end_of_word_suffix="</w>")
     )
@@ -139,7 +147,7 @@ def _from_bpe(tokenize):
     ends = {
         token: tokenize.encoder[token] for token in tokenize.encoder if token.endswith("_of_text>")
     }
-    start, end = sorted(ends, key=ends.get)
+    start, end = sorted(ends, key=ends.__getitem__)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=list(ends.items())
     )
@@ -147,7 +155,7 @@ def _from_bpe(tokenize):
     return tokenizer
 
 
-def _cleaning(tokenize: Callable) -> str:
+def _cleaning(tokenize: OpenClipTokenizer) -> str:
     """open_clip's name of what the tokenizer does to a text first."""
     for name in CLEANING:
         if tokenize.clean_fn is open_clip.tokenizer.get_clean_fn(name):
@@ -155,10 +163,12 @@ def _cleaning(tokenize: Callable) -> str:
     raise PipelineError(f"the teacher's tokenizer cleans texts by {tokenize.clean_fn}: unknown.")
 
 
-def _cleaning_steps(cleaning: str) -> list:
+def _cleaning_steps(cleaning: str) -> "list[normalizers.Normalizer]":
     from tokenizers import Regex, normalizers
 
-    steps = [normalizers.Replace(*pair) for pair in _character_changes().items()]
+    steps: list[normalizers.Normalizer] = [
+        normalizers.Replace(*pair) for pair in _character_changes().items()
+    ]
     steps.append(normalizers.NFC())
     if cleaning == "canonicalize":
         steps.append(normalizers.Replace("_", " "))
