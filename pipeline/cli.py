@@ -11,6 +11,15 @@ import typer
 
 from pipeline.cli_import import imports
 from pipeline.cli_store import stores
+from pipeline.core.choices import (
+    TEACHERS,
+    AnswerFormat,
+    ExportFormat,
+    FindingsFormat,
+    HitsFormat,
+    Preset,
+    teacher_names,
+)
 from pipeline.core.errors import PipelineError
 from pipeline.core.terminal import fail, guard, output, say
 
@@ -71,9 +80,10 @@ def _fail(message: str) -> None:
 
 @app.command(rich_help_panel=FILES)
 def init(
-    preset: Annotated[str, typer.Argument(help="demo or clip-vit-b32.")],
+    preset: Annotated[Preset, typer.Argument(help="What to start from.")],
     teacher: Annotated[
-        str | None, typer.Option(help="Name of a card in manifests/teachers, for clip-vit-b32.")
+        str | None,
+        typer.Option(metavar="NAME", help=f"Card in manifests/teachers: {teacher_names()}."),
     ] = None,
     params: Params = PARAMS,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
@@ -211,7 +221,7 @@ def evaluate(
 @app.command(rich_help_panel=LOOK)
 def query(
     sql: Annotated[str, typer.Argument(help="Exactly one SELECT.")],
-    format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+    format: Annotated[AnswerFormat, typer.Option(help="Of the answer.")] = "table",
     timeout: Annotated[float, typer.Option(min=0, help="Seconds the query may take.")] = 600,
     data: Data = DATA,
 ) -> None:
@@ -230,7 +240,7 @@ def search(
     image: Annotated[Path | None, typer.Option(help="Search with an image file instead.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Images by each side.")] = 8,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("search.png"),
-    format: Annotated[str, typer.Option(help="table, json or csv.")] = "table",
+    format: Annotated[HitsFormat, typer.Option(help="Of the list.")] = "table",
     card: Card = None,
     params: Params = PARAMS,
     data: Data = DATA,
@@ -320,7 +330,7 @@ def verify(
     recompute: Annotated[
         float, typer.Option(min=0, max=1, help="Share of vectors that the teacher computes again.")
     ] = 0.0,
-    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    format: Annotated[FindingsFormat, typer.Option(help="Of what is broken.")] = "table",
     card: Card = None,
     params: Params = PARAMS,
     data: Data = DATA,
@@ -334,8 +344,6 @@ def verify(
     from pipeline.verify.verify import findings_text
     from pipeline.verify.verify import verify as run
 
-    if format not in ("table", "json"):
-        raise PipelineError(f"--format {format}: there are table, json.")
     named = _card(card, params) if recompute else None
     forgotten = None
     if params.exists():
@@ -370,7 +378,8 @@ def serve(
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; a file with --format onnx.")],
     format: Annotated[
-        str, typer.Option(help="folder: both towers; onnx: the student alone, as one file.")
+        ExportFormat,
+        typer.Option(help="folder: both towers; onnx: the student alone, as one file."),
     ] = "folder",
     int8: Annotated[bool, typer.Option("--int8", help="A quarter of the bytes.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half the bytes.")] = False,
@@ -383,8 +392,6 @@ def export(
     from pipeline.explore.model_folder import export_folder
     from pipeline.models.export import export_student
 
-    if format not in ("folder", "onnx"):
-        raise PipelineError(f"--format {format}: there are folder, onnx.")
     if fp16 and (int8 or format == "onnx"):
         raise PipelineError("--int8 or --fp16: one of the two; --fp16 for --format folder alone.")
     if format == "onnx":
@@ -418,7 +425,7 @@ def _of_teacher(name: str) -> tuple[dict[str, Any], str]:
     from pipeline.models.card import read_card
     from pipeline.models.stated_preprocessing import student_settings
 
-    path = Path("manifests/teachers") / f"{name}.yaml"
+    path = TEACHERS / f"{name}.yaml"
     card = read_card(path)
     license = card.license or "not recorded: look it up"
     return student_settings(card, path), f" Licence of {name}'s weights: {license}."

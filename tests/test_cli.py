@@ -88,7 +88,6 @@ print(*sorted({"torch", "open_clip", "img2dataset"} & set(sys.modules)), file=sy
 
 
 MISTAKES = {
-    "init nonsense --params new.yaml": "there are demo, clip-vit-b32",
     "init demo": "--force",
     "download --params none.yaml": "pipeline init",
     "download --params empty": "cannot be read",
@@ -102,7 +101,6 @@ MISTAKES = {
     "query DROP": "syntax error",
     "query 'SELECT 1; SELECT 2'": "exactly one SELECT",
     "query 'SELECT * FROM images'": "Run `pipeline download` first",
-    "query 'SELECT 1' --format xml": "table, csv, json, parquet",
     "import folder none --out m.csv --params own.yaml": "is no folder",
     "import folder empty --out m.csv --params own.yaml": "holds no image",
     "import folder pictures --out there.csv --params own.yaml": "exists",
@@ -131,6 +129,32 @@ def test_a_wrong_call_is_answered_with_usage_and_status_2(line, folder):
     done = pipeline(*line.split(), cwd=folder)
     assert done.returncode == 2 and "Usage" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+CHOICES = {
+    "init nonsense --params new.yaml": ("demo", "clip-vit-b32"),
+    "query 'SELECT 1' --format xml": ("table", "csv", "json", "parquet"),
+    "search red --format parquet": ("table", "json", "csv"),
+    "verify --format csv": ("table", "json"),
+    "export model --format xml": ("folder", "onnx"),
+}
+
+
+@pytest.mark.parametrize("line", CHOICES)
+def test_a_choice_is_listed_by_help_and_by_the_answer_to_a_wrong_one(line, folder):
+    done = pipeline(*shlex.split(line), cwd=folder)
+    answer = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "is not one of " + ", ".join(map(repr, CHOICES[line])) in answer
+    described = pipeline(line.split()[0], "--help", cwd=folder).stdout
+    assert f"<{'|'.join(CHOICES[line])}>" in described
+    assert not (folder / "new.yaml").exists()
+
+
+def test_help_lists_the_teachers_whose_cards_lie_here():
+    names = sorted(path.stem for path in (ROOT / "manifests/teachers").glob("*.yaml"))
+    described = pipeline("init", "--help", cwd=ROOT).stdout
+    assert all(name in described for name in names)
 
 
 def test_an_import_prints_what_to_set_next(folder, tmp_path):

@@ -1,14 +1,16 @@
 """params.yaml is taken exactly as written, or refused in a sentence that says how to mend it."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
+from pipeline.core.choices import Preset
 from pipeline.core.config import SECTIONS, LossWeights, load_section
 from pipeline.core.errors import PipelineError
-from pipeline.core.presets import PRESETS, write_preset
+from pipeline.core.presets import write_preset
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def refusal(params: Path, section: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", get_args(Preset))
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_of_every_preset_loads(preset, section, tmp_path):
     write_preset(preset, tmp_path / "params.yaml", force=False)

@@ -11,7 +11,6 @@ from pipeline.core.errors import PipelineError
 from pipeline.models.attention import (
     attention_rollout,
     filter_components,
-    linear_probe,
     look_inside,
     mean_attention_distance,
     outlier_share,
@@ -116,23 +115,3 @@ def test_outlier_share_counts_the_long_ones():
 def test_weight_entropy_is_zero_for_one_patch_and_log_n_for_all_alike():
     weights = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
     torch.testing.assert_close(weight_entropy(weights), torch.tensor([0.0, math.log(4)]))
-
-
-def test_linear_probe_finds_a_linear_rule_and_nothing_in_noise():
-    torch.manual_seed(0)
-    features, noise = torch.randn(400, 10), torch.randn(400, 10)
-    labels = 3 + (features[:, 2] > 0).long() + 2 * (features[:, 5] > 0).long()
-    found = linear_probe(features[:300], labels[:300], features[300:], labels[300:])
-    chance = linear_probe(noise[:300], labels[:300], noise[300:], labels[300:])
-    assert found > 0.8
-    assert chance < 0.45  # of four classes
-
-
-def test_linear_probe_survives_constant_features_and_a_single_class():
-    ones, labels = torch.ones(5, 3), torch.full((5,), 7)
-    assert linear_probe(ones, labels, ones, labels) == 1
-
-
-def test_linear_probe_refuses_labels_that_do_not_match():
-    with pytest.raises(PipelineError, match="labels"):
-        linear_probe(torch.ones(5, 3), torch.ones(4), torch.ones(5, 3), torch.ones(5))

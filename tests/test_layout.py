@@ -7,12 +7,13 @@ import importlib
 import multiprocessing
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from pipeline.core.choices import Preset
 from pipeline.core.config import SECTIONS
-from pipeline.core.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # layer -> layers that it may import
@@ -151,7 +152,7 @@ def test_the_repository_starts_with_the_demo_preset():
     ).read_text()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", get_args(Preset))
 def test_every_preset_is_valid(preset):
     from pipeline.core.config import load_section
 

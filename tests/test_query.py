@@ -7,16 +7,18 @@ import re
 import shutil
 import stat
 from pathlib import Path
+from typing import get_args
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core.choices import AnswerFormat
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
 from pipeline.data.database import TABLES, connect
-from pipeline.explore.query import FORMATS, print_answer
+from pipeline.explore.query import print_answer
 
 
 @pytest.fixture
@@ -231,7 +233,7 @@ def test_bytes_are_hexadecimal_where_there_are_no_bytes(data, capfdbinary):
     assert json.loads(answer(data, sql, "json", capfdbinary)) == {"jpg": "ffd8"}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", get_args(AnswerFormat))
 @pytest.mark.filterwarnings("error")
 def test_no_rows_are_an_answer_too(data, form, capfdbinary):
     out = answer(data, "SELECT image_id FROM images WHERE false", form, capfdbinary)

@@ -144,9 +144,9 @@ def test_a_prompt_that_was_never_embedded_says_so(page):
 
 
 def test_the_search_shows_the_best_image_of_each_side(page, write, data):
-    from pipeline.explore.search import search
+    from pipeline.explore.search import Collection
 
-    hits = search(data, Queries(data).text("a red circle"), 1)
+    hits = Collection(data).search(Queries(data).text("a red circle"), 1)
     for by, (hit,) in (("student", hits.student), ("teacher", hits.teacher)):
         assert any(
             image["alt"] == f"Number 1 by the {by}, cosine {hit.score:.3f}: {hit.caption}"

@@ -14,8 +14,8 @@ import worlds
 from PIL import Image
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.shards import to_float16
-from pipeline.explore.nearest import MARGIN, nearest, unit
+from pipeline.data.shards import to_float16, unit_rows
+from pipeline.explore.nearest import MARGIN, nearest
 from pipeline.explore.query_vectors import Queries
 from pipeline.explore.search import (
     Collection,
@@ -23,7 +23,6 @@ from pipeline.explore.search import (
     Hits,
     Query,
     hits_text,
-    search,
     search_figure,
 )
 
@@ -77,7 +76,7 @@ def test_no_image_at_all_is_no_search(collection):
 
 
 def test_only_what_is_drawn_is_read(data, tmp_path):
-    hits = search(data, Queries(data).text("a red circle"), 40)
+    hits = Collection(data).search(Queries(data).text("a red circle"), 40)
     assert all(hit.jpg for hit in [*hits.student[:12], *hits.teacher[:12]])
     assert not all(hit.jpg for hit in hits.student)
     search_figure(hits, tmp_path / "hits.png")
@@ -99,8 +98,8 @@ def test_a_float16_product_and_a_float32_second_look_give_the_answer_of_float32(
     rng = np.random.default_rng(0)
     centre = rng.normal(size=512)
     vectors = to_float16((centre + 0.3 * rng.normal(size=(20_000, 512))).astype(np.float32))
-    query = unit((centre + 0.3 * rng.normal(size=(1, 512))).astype(np.float32))[0]
-    exact = unit(vectors) @ query
+    query = unit_rows((centre + 0.3 * rng.normal(size=(1, 512))).astype(np.float32))[0]
+    exact = unit_rows(vectors) @ query
     rough = (torch.from_numpy(vectors) @ torch.from_numpy(query.astype(np.float16))).numpy()
     assert np.abs(rough.astype(np.float32) - exact).max() < MARGIN
     rows, scores = nearest(vectors, query, 25)
@@ -158,12 +157,6 @@ def test_json_and_csv_hold_the_same_hits(collection):
     assert [{k: str(v) for k, v in row.items()} for row in parsed["hits"]] == rows
 
 
-def test_an_unknown_format_is_refused(collection):
-    hits = collection.search(Queries(collection.data).text("cloud"), 2)
-    with pytest.raises(PipelineError, match="--format xml: there are table, json, csv"):
-        hits_text(hits, "xml")
-
-
 def test_a_caption_cannot_steer_the_terminal(collection):
     hits = collection.search(Queries(collection.data).text("cloud"), 1)
     evil = hits.student[0].__class__(1, 0.5, "x", "\x1b[31mred\nnew line", "file:x", b"")
@@ -197,14 +190,13 @@ def test_the_students_best_images_stand_above_the_teachers(collection, tmp_path)
 
 
 def test_searching_needs_a_student_and_its_index(small_world, data, tmp_path):
-    query = Query("x", np.zeros(32), np.zeros(32))
     with pytest.raises(PipelineError, match="Run `pipeline distill` first"):
-        search(small_world.data, query, 3)
+        Collection(small_world.data)
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     shutil.rmtree(copy / "evaluation")
     with pytest.raises(PipelineError, match="Run `pipeline evaluate` first"):
-        search(copy, query, 3)
+        Collection(copy)
 
 
 def test_an_index_of_another_student_is_refused(data, tmp_path):
@@ -215,7 +207,7 @@ def test_an_index_of_another_student_is_refused(data, tmp_path):
         copy / "student", lambda stamp: stamp["files"]["model.safetensors"].update(other)
     )
     with pytest.raises(PipelineError, match="not made from the student that data/ holds now"):
-        search(copy, Query("x", np.zeros(32), np.zeros(32)), 3)
+        Collection(copy)
 
 
 def test_the_text_tower_answers_what_is_not_stored(data, small_world):
@@ -245,7 +237,7 @@ def test_a_text_without_tokens_is_refused(data, small_world):
 
 def test_an_image_finds_itself_by_both(data, small_world):
     query = Queries(data, small_world.card).image(small_world.root / "7.jpg")
-    hits = search(data, query, 1)
+    hits = Collection(data).search(query, 1)
     for side in (hits.student, hits.teacher):
         assert side[0].url == "file:7.jpg"
         assert side[0].score > 0.999
@@ -255,7 +247,7 @@ def test_without_the_teacher_the_students_vector_asks_both(data, small_world):
     query = Queries(data).image(small_world.root / "7.jpg")
     np.testing.assert_array_equal(query.student, query.teacher)
     assert "no teacher card was named" in query.notes[0]
-    assert search(data, query, 1).student[0].url == "file:7.jpg"
+    assert Collection(data).search(query, 1).student[0].url == "file:7.jpg"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="needs the extra web")
 pytest.importorskip("uvicorn", reason="needs the extra web")
 
 from pipeline.explore.query_vectors import Queries
-from pipeline.explore.search import search
+from pipeline.explore.search import Collection
 from pipeline.explore.serve import LOCAL, listen, make_app, make_server, serve
 
 TOKEN = "a-token-of-this-test"
@@ -65,13 +65,13 @@ def get(address: str, **headers) -> tuple[int, str, bytes]:
 def test_the_page_shows_what_the_search_finds(site, data):
     status, _, body = get(f"{site}/?q=a+red+circle")
     found = re.findall(rf"/{TOKEN}/look/(\w+)\?q=a%20red%20circle", body.decode())
-    hits = search(data, Queries(data).text("a red circle"), 12)
+    hits = Collection(data).search(Queries(data).text("a red circle"), 12)
     assert status == 200
     assert found == [hit.image_id for hit in [*hits.student, *hits.teacher]]
 
 
 def test_the_map_is_the_overlay_of_the_students_cosines(site, data):
-    key = search(data, Queries(data).text("a red circle"), 1).student[0].image_id
+    key = Collection(data).search(Queries(data).text("a red circle"), 1).student[0].image_id
     status, kind, body = get(f"{site}/map/{key}?q=a+red+circle")
     assert (status, kind) == (200, "image/png")
     first = np.asarray(Image.open(io.BytesIO(body)))
@@ -125,7 +125,7 @@ PATHS = [
 def test_without_the_token_nothing_is_told(site, data, path, token):
     """Neither to another user of this machine nor to an <img> of another page: an image that is
     there and one that is not give the same answer, byte for byte."""
-    key = search(data, Queries(data).text("a red circle"), 1).student[0].image_id
+    key = Collection(data).search(Queries(data).text("a red circle"), 1).student[0].image_id
     root = site.removesuffix(f"/{TOKEN}") + urllib.parse.quote(token, safe="/%")
     answers = {get(root + path.format(key=name)) for name in (key, "none")}
     assert len(answers) == 1
@@ -169,7 +169,7 @@ def test_each_start_draws_a_token_of_its_own(data, monkeypatch):
 
 def test_another_page_in_the_browser_cannot_tell_whether_an_image_is_here(site, data, tmp_path):
     """An <img> of a page on another port: with the token missing both fail, with it both too."""
-    key = search(data, Queries(data).text("a red circle"), 1).student[0].image_id
+    key = Collection(data).search(Queries(data).text("a red circle"), 1).student[0].image_id
     root = site.removesuffix(f"/{TOKEN}")
     images = [f"{root}/image/{key}", f"{root}/image/none", f"{site}/image/{key}"]
     page = "".join(f"<img src='{url}' onload='this.alt=1' onerror='this.alt=2'>" for url in images)

@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from pipeline.core.errors import PipelineError
 from pipeline.data.embeddings import first_views
 from pipeline.data.scratch import scratch_array
-from pipeline.data.shards import shard_paths
+from pipeline.data.shards import shard_paths, unit_rows
 
 VERSION = 1  # raise it when the same vectors give other groups
 
@@ -93,14 +93,8 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """(b, E) stored -> float32 of unit length."""
-    wide = vectors.astype(np.float32)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
-
-
 def _all_pairs(vectors: np.ndarray, threshold: float) -> Edges:
-    everything = _unit(vectors)
+    everything = unit_rows(vectors)
     yield from _close(np.arange(len(vectors)), everything, everything, threshold)
 
 
@@ -121,12 +115,12 @@ def _pairs_in_cells(vectors: np.ndarray, threshold: float) -> Edges:
         anchors = rows[:CELL]
         for part in _blocks(len(rows), CELL):
             chunk = rows[part]
-            mine = _unit(vectors[chunk])
+            mine = unit_rows(vectors[chunk])
             yield from _close(chunk, mine, mine, threshold)
             if part.start:
                 both = np.concatenate([chunk, anchors])
                 yield from _close(
-                    both, mine, np.concatenate([mine, _unit(vectors[anchors])]), threshold
+                    both, mine, np.concatenate([mine, unit_rows(vectors[anchors])]), threshold
                 )
 
 
@@ -144,10 +138,10 @@ def _nearest_centres(vectors: np.ndarray) -> np.ndarray:
     kmeans = faiss.Kmeans(
         vectors.shape[1], count, niter=8, seed=_SEED + 1, spherical=True, max_points_per_centroid=40
     )
-    kmeans.train(_unit(vectors[rows]))
+    kmeans.train(unit_rows(vectors[rows]))
     cells = np.empty((len(vectors), CENTRES), np.int32)
     for part in _blocks(len(vectors), BLOCK * 16):
-        cells[part] = kmeans.index.search(_unit(vectors[part]), CENTRES)[1]
+        cells[part] = kmeans.index.search(unit_rows(vectors[part]), CENTRES)[1]
     return cells
 
 
@@ -177,9 +171,9 @@ def _components(count: int, edges: Edges) -> np.ndarray:
 def _recall(vectors: np.ndarray, labels: np.ndarray, threshold: float) -> str:
     """How many of the close pairs of some vectors, with all others, are in one group."""
     rows = np.sort(np.random.default_rng(_SEED).permutation(len(vectors))[:SAMPLE])
-    some, pairs, joined = _unit(vectors[rows]), 0, 0
+    some, pairs, joined = unit_rows(vectors[rows]), 0, 0
     for part in _blocks(len(vectors), BLOCK * 16):
-        a, b = np.nonzero(some @ _unit(vectors[part]).T >= threshold)
+        a, b = np.nonzero(some @ unit_rows(vectors[part]).T >= threshold)
         b += part.start
         apart = rows[a] != b
         pairs += int(apart.sum())

@@ -8,7 +8,13 @@ import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
-from pipeline.data.shards import embedding_matrix, open_shard, shard_paths, stored_embeddings
+from pipeline.data.shards import (
+    embedding_matrix,
+    open_shard,
+    shard_paths,
+    stored_embeddings,
+    unit_rows,
+)
 
 KEPT = "SELECT image_id FROM selection WHERE keep AND split = ?"
 LABELS = """
@@ -58,8 +64,7 @@ def _kept_vectors(data: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarr
         for ids, vectors in first_views(path):
             at = np.searchsorted(kept, ids).clip(max=len(kept) - 1)
             if (mine := kept[at] == ids).any():
-                wide = vectors[mine].astype(np.float32)
-                yield ids[mine], wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
+                yield ids[mine], unit_rows(vectors[mine])
 
 
 def first_views(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -99,7 +104,7 @@ def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], li
     for batch in _batches(data, sql, arguments):
         texts += batch["text"].to_pylist()
         ids += batch["image_id"].to_pylist()
-        matrices.append(unit_rows(batch["embedding"]))
+        matrices.append(embedding_matrix(batch["embedding"]))
     return texts, ids, np.concatenate(matrices[1:]) if texts else matrices[0]
 
 
@@ -124,8 +129,7 @@ def caption_similarities(data: Path) -> pa.Table:
                 at = np.searchsorted(keys, owners).clip(max=len(keys) - 1)
                 mine = np.flatnonzero(keys[at] == owners)
                 texts = embedding_matrix(table["embedding"])[mine]
-                images = vectors[at[mine]].astype(np.float32)
-                images /= np.linalg.norm(images, axis=1, keepdims=True).clip(1e-12)
+                images = unit_rows(vectors[at[mine]])
                 np.maximum.at(found, at[mine], (images * texts).sum(axis=1))
         ids.append(keys[np.isfinite(found)])
         best.append(found[np.isfinite(found)])
@@ -136,13 +140,6 @@ def caption_similarities(data: Path) -> pa.Table:
 def labels_of(data: Path, ids: list[str]) -> dict[str, str]:
     """image_id -> label, of those among ids that have one."""
     return dict(database.connect(data).execute(LABELS, [ids]).fetchall())
-
-
-def unit_rows(column: pa.Array) -> np.ndarray:
-    """A column of equally long lists -> (n, E) float32, rows of unit length."""
-    matrix = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    matrix = matrix.reshape(len(column), -1)
-    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
 
 
 def _batches(data: Path, sql: str, arguments: list) -> Iterator[pa.RecordBatch]:

@@ -121,15 +121,23 @@ def embedding_column(vectors: np.ndarray) -> pa.Array:
 
 
 def stored_embeddings(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Arrow column -> (n, E) float16, bit for bit."""
+    """Arrow column, of a shard or a query -> (n, E) in its own type, bit for bit."""
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return whole.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+    values = whole.flatten().to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_list(whole.type):
+        return values.reshape(-1, whole.type.list_size)
+    return values.reshape(len(whole), -1)  # of DuckDB, whose lists do not say their length
 
 
 def embedding_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Arrow column -> (n, E) float32, unit length restored."""
-    matrix = stored_embeddings(column).astype(np.float32)
-    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
+    """Arrow column, of a shard or a query -> (n, E) float32, unit length restored."""
+    return unit_rows(stored_embeddings(column))
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """(n, E) -> the same rows at unit length, float32 at least; a row of zeros stays one."""
+    wide = vectors.astype(np.result_type(vectors, np.float32), copy=False)
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
 def write_shard(

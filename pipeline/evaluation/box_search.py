@@ -13,7 +13,8 @@ import numpy as np
 
 from pipeline.core.records import Metric, MetricGroup
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors, unit_rows
+from pipeline.data.embeddings import text_vectors
+from pipeline.data.shards import embedding_matrix
 from pipeline.evaluation.metrics import mean_interval
 
 DEPTH = 8  # images that a search shows
@@ -101,7 +102,9 @@ def _blocks(
         for image, named in enumerate(batch["texts"].to_pylist()):
             right[[number[text] for text in named or () if text in number], image] = True
         if batch.num_rows:
-            yield Block(unit_rows(batch["student"]), unit_rows(batch["teacher"]), right)
+            yield Block(
+                embedding_matrix(batch["student"]), embedding_matrix(batch["teacher"]), right
+            )
 
 
 # Texts that are stored and named by boxes of at least so many images, the most frequent first.

@@ -7,6 +7,7 @@ nothing but the mean. The ceiling is the teacher itself. n images, E embedding s
 import numpy as np
 
 from pipeline.core.records import Metric, MetricGroup
+from pipeline.data.shards import unit_rows
 
 
 def mean_interval(values: np.ndarray, owners: np.ndarray | None = None) -> Metric:
@@ -70,7 +71,7 @@ def fidelity(student: np.ndarray, teacher: np.ndarray, mean: np.ndarray) -> Metr
     cosine; l1_norm100: mean absolute difference of unit vectors times 100, the published loss;
     centred_cosine: both sides minus the mean, where predicting the mean is worth 0.
     """
-    unit = student / np.linalg.norm(student, axis=1, keepdims=True).clip(1e-12)
+    unit = unit_rows(student)
     constant = np.broadcast_to(mean / np.linalg.norm(mean), teacher.shape)
     centred = cosine(unit - mean, teacher - mean)
     l1 = mean_interval(100 * np.abs(unit - teacher).mean(axis=1))

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.core.records import Metric, MetricGroup
 from pipeline.data.embeddings import text_vectors, training_vectors
+from pipeline.data.shards import unit_rows
 from pipeline.evaluation.metrics import cosine, mean_interval, share_interval
 
 DEPTHS = (1, 5, 10)
@@ -34,7 +35,7 @@ def ranks_of_own(queries: np.ndarray, gallery: np.ndarray, own: np.ndarray) -> R
 
     queries (q, E); gallery (n, E); own (q,) row numbers. Blocks of queries bound the memory.
     """
-    gallery = gallery / np.linalg.norm(gallery, axis=1, keepdims=True).clip(1e-12)
+    gallery = unit_rows(gallery)
     above, tied = np.empty((2, len(queries)), np.int64)
     for start in range(0, len(queries), 1024):
         block = slice(start, start + 1024)

@@ -7,6 +7,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import MetricGroup
 from pipeline.data.embeddings import labels_of, text_vectors
+from pipeline.data.shards import unit_rows
 from pipeline.data.texts import class_prompts, labels
 from pipeline.evaluation import metrics
 
@@ -61,5 +62,4 @@ def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndar
             f"{without[0]!r}. Name the same templates in teacher_embed.templates and "
             "evaluate.templates, or import vectors of such prompts."
         )
-    means = np.stack([np.mean(found, axis=0) for found in stored.values()])
-    return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+    return unit_rows(np.stack([np.mean(found, axis=0) for found in stored.values()]))

@@ -23,9 +23,10 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_inputs, write_file, write_json
 from pipeline.data import database
 from pipeline.data.embeddings import text_vectors
+from pipeline.data.shards import unit_rows
 from pipeline.explore.licenses import licenses
 from pipeline.explore.model_card import model_card
-from pipeline.explore.nearest import Sides, load_sides, nearest, unit
+from pipeline.explore.nearest import Sides, load_sides, nearest
 from pipeline.explore.query_vectors import Queries
 from pipeline.models.card import read_card
 from pipeline.models.export import (
@@ -134,7 +135,7 @@ def _check_search(queries: Queries, collection: Sides, folder: Path, texts: list
         expected = queries.text(text).student
         rows, _ = nearest(collection.student, vector, NEIGHBOURS)
         _, scores = nearest(collection.student, expected, NEIGHBOURS)
-        if (unit(collection.student[rows]) @ expected < scores[-1] - TIE).any():
+        if (unit_rows(collection.student[rows]) @ expected < scores[-1] - TIE).any():
             raise PipelineError(
                 f"the written towers find other images for {text!r} than `pipeline search`. "
                 "Nothing was written; run `pipeline verify --recompute 0.01`."

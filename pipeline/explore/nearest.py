@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.data.embeddings import as_bytes, first_views
 from pipeline.data.scratch import scratch_array
-from pipeline.data.shards import open_shard, shard_paths, stored_embeddings
+from pipeline.data.shards import open_shard, shard_paths, stored_embeddings, unit_rows
 
 SMALL = 50_000  # images up to which float32 in memory is faster than importing torch
 MARGIN = 4e-3  # no float16 product of two unit vectors is further from the true one
@@ -63,7 +63,7 @@ def load_sides(data: Path, index: Path) -> Sides:
     if not known.all():
         ids, student, teacher = ids[known], student[known], teacher[known]
     if len(ids) <= SMALL:
-        student, teacher = unit(student), unit(teacher)
+        student, teacher = unit_rows(student), unit_rows(teacher)
     return Sides(ids, student, teacher)
 
 
@@ -74,12 +74,6 @@ def _index_ids(paths: list[Path]) -> np.ndarray:
             for batch in file.iter_batches(BLOCK, columns=["image_id"]):
                 parts.append(as_bytes(batch["image_id"]))
     return np.concatenate(parts)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """(b, E) stored vectors -> float32 of unit length."""
-    wide = vectors.astype(np.float32)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
 def nearest(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +92,7 @@ def nearest(vectors: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray,
     least = np.partition(rough, -k)[-k] - 2 * MARGIN * np.linalg.norm(query)
     rows = np.flatnonzero(rough >= least)
     parts = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    return _largest(rows, np.concatenate([unit(vectors[part]) @ query for part in parts]), k)
+    return _largest(rows, np.concatenate([unit_rows(vectors[part]) @ query for part in parts]), k)
 
 
 def _largest(rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,27 +21,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core import terminal
+from pipeline.core.choices import AnswerFormat
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
 
-FORMATS = ("table", "csv", "json", "parquet")
 SHOWN = 100  # rows of a table
 SECONDS = 600.0  # that a query may take
 GRACE = 3.0  # s from the interruption to the end of the process
-HEADROOM = (
-    4 << 30
-)  # bytes of addresses beside those of a query: buffers of Arrow, stacks of threads
+HEADROOM = 4 << 30  # bytes of addresses beside a query's: buffers of Arrow, stacks of threads
 
 
-def print_answer(data: Path, sql: str, form: str, seconds: float = SECONDS) -> None:
+def print_answer(data: Path, sql: str, form: AnswerFormat, seconds: float = SECONDS) -> None:
     """Run one SELECT and write its rows to standard output, within half of the machine's memory.
 
     A query that runs for longer than `seconds` is interrupted; where it does not stop, the process
-    ends. Raises PipelineError: an unknown format, SQL that is wrong, not one SELECT, or asks for too
+    ends. Raises PipelineError: SQL that is wrong, not one SELECT, or asks for too
     much, Parquet to a terminal.
     """
-    if form not in FORMATS:
-        raise PipelineError(f"--format {form}: there are {', '.join(FORMATS)}.")
     if form == "parquet" and sys.stdout.isatty():
         raise PipelineError(
             "Parquet is binary: redirect it, `... --format parquet > answer.parquet`."

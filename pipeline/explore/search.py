@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.core import terminal
+from pipeline.core.choices import HitsFormat
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_folders, write_file
 from pipeline.data import database
@@ -23,7 +24,6 @@ from pipeline.data.pixels import decode
 from pipeline.explore import plots
 from pipeline.explore.nearest import load_sides, nearest
 
-FORMATS = ("table", "json", "csv")
 DRAWN = 12  # hits a side whose pictures are read and drawn, at most
 WIDTH = 50  # columns of a cell in a table
 
@@ -128,15 +128,7 @@ class Collection:
         return {key: tuple(facts) for key, *facts in found}
 
 
-def search(data: Path, query: Query, k: int) -> Hits:
-    """One search of data/; many are faster with one `Collection`."""
-    return Collection(data).search(query, k)
-
-
-def hits_text(hits: Hits, form: str) -> str:
-    """The hits as table, json or csv. Raises PipelineError for another format."""
-    if form not in FORMATS:
-        raise PipelineError(f"--format {form}: there are {', '.join(FORMATS)}.")
+def hits_text(hits: Hits, form: HitsFormat) -> str:
     rows = hits.rows()
     if form == "json":
         answer = {"query": hits.title, "collection": hits.collection, "notes": hits.notes}

@@ -109,34 +109,3 @@ def outlier_share(norms: Tensor, times: float = 2.0) -> float:
 def weight_entropy(patch_weights: Tensor) -> Tensor:
     """(B, N) weights with rows that sum to 1 -> (B,) nats: 0 for one patch, log N for all alike."""
     return torch.special.entr(patch_weights.float()).sum(dim=1)
-
-
-def linear_probe(
-    features: Tensor,
-    labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    ridge: float = 1e-3,
-) -> float:
-    """Share of test rows that a linear map of the features labels rightly, in [0, 1].
-
-    features (n, W), labels (n,) integers, and the same for the test rows; `Inside.tokens` averaged
-    over its third axis gives one such (B, W) matrix per layer. Ridge regression on one-hot labels,
-    in closed form; ridge is added to the diagonal of the standardised features' covariance.
-    Raises PipelineError where rows and labels do not match.
-    """
-    for x, y in ((features, labels), (test_features, test_labels)):
-        if x.ndim != 2 or len(x) != len(y) or not len(x):
-            raise PipelineError(
-                f"found features {tuple(x.shape)} and labels {tuple(y.shape)}, "
-                "expected (n, W) and (n,) with n >= 1"
-            )
-    mean, deviation = features.double().mean(dim=0), features.double().std(dim=0, correction=0)
-    x, test = ((f.double() - mean) / deviation.clamp(min=1e-6) for f in (features, test_features))
-    classes, index = labels.unique(return_inverse=True)
-    share = torch.bincount(index) / len(index)  # (K,): what the intercept predicts
-    wanted = F.one_hot(index).double() - share  # (n, K)
-    damping = ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(x.T @ x / len(x) + damping, x.T @ wanted / len(x))  # (W, K)
-    found = classes[(test @ weights + share).argmax(dim=1)]
-    return float((found == test_labels).float().mean())

@@ -23,7 +23,6 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file, write_json
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.shards import read_shard, shard_paths
-from pipeline.data.views import canonical_view, view_pixels
 from pipeline.models.onnx_files import (
     add_metadata,
     need,
@@ -32,6 +31,7 @@ from pipeline.models.onnx_files import (
     store_as_float16,
     write_onnx,
 )
+from pipeline.models.preprocessing import square_pixels
 from pipeline.models.student import Outputs, Student
 
 TOLERANCE = 1e-4  # largest difference between onnxruntime and PyTorch, of values of size about 1
@@ -197,18 +197,15 @@ def stored_pixels(images: Path, student: Student) -> np.ndarray:
     found = np.stack(list(itertools.islice(_squares(images, student), IMAGES)) or [[]])
     if not found.size:
         raise PipelineError(f"{images} holds no good image. Run `pipeline download` first.")
-    return student.normalise(torch.from_numpy(found).permute(0, 3, 1, 2)).contiguous().numpy()
+    return student.as_input(found).contiguous().numpy()
 
 
 def _squares(images: Path, student: Student) -> Iterator[np.ndarray]:
     """(S, S, 3) uint8, one after the other, opening no more shards than are asked for."""
-    how = student.preprocessing
     for shard in shard_paths(images, "download"):
         for jpg in read_shard(shard, "download", ["jpg"])["jpg"].drop_null().to_pylist():
             with contextlib.suppress(NotAnImage):
-                image = decode(jpg)
-                view = canonical_view(image.shape[1], image.shape[0], how.resize_mode)
-                yield view_pixels(image, view.box, view.flip, how.image_size, how.interpolation)
+                yield square_pixels(decode(jpg), student.preprocessing)
 
 
 def _export(student: Student, file: Path, given: str, names: list[str], unit: bool) -> float:

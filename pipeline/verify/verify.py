@@ -6,13 +6,14 @@ Cost: one read of every byte, one decode of every JPEG; `recompute` embeds some 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from pipeline.core.choices import FindingsFormat
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import evaluation_of, summary_of
 from pipeline.core.records import Stamp
@@ -81,7 +82,7 @@ def verify(
     return findings
 
 
-def findings_text(findings: list[Finding], form: Literal["table", "json"]) -> str:
+def findings_text(findings: list[Finding], form: FindingsFormat) -> str:
     """What `pipeline verify` prints; json is a list of objects."""
     if form == "json":
         return json.dumps([finding._asdict() for finding in findings], indent=2)

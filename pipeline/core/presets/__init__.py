@@ -4,26 +4,23 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from pipeline.core.choices import Preset
 from pipeline.core.config import load_section
 from pipeline.core.errors import PipelineError
 from pipeline.core.presets.settings import Value, with_values
 from pipeline.core.provenance import write_file
 
-PRESETS = ("demo", "clip-vit-b32")
-
 
 def write_preset(
-    preset: str, path: Path, force: bool, settings: dict[str, Value] | None = None
+    preset: Preset, path: Path, force: bool, settings: dict[str, Value] | None = None
 ) -> None:
     """Write a preset to path; its dtypes are those that the hardware here is fast at.
 
     settings: `section.key` -> what it says in place of the preset's value.
 
-    The demo's are float32 on any machine, so that its figures can be compared. Raises
-    PipelineError for an unknown preset, or a file in the way.
+    The demo's are float32 on any machine, so that its metrics can be compared. Raises
+    PipelineError where a file is in the way.
     """
-    if preset not in PRESETS:
-        raise PipelineError(f"no preset {preset!r}; there are {', '.join(PRESETS)}.")
     if path.exists() and not force:
         raise PipelineError(f"{path} exists. Add --force to replace it, or name another --params.")
     text = (files("pipeline.core.presets") / f"{preset}.yaml").read_text()
