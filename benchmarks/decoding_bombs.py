@@ -12,8 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bombs  # noqa: E402
-import worlds  # noqa: E402
+from support import bombs, worlds  # noqa: E402
 
 from pipeline.fetch.decoder import Decoder  # noqa: E402
 from pipeline.fetch.decoding import canonical_jpeg  # noqa: E402

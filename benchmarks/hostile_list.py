@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import bombs  # noqa: E402
-import worlds  # noqa: E402
+from support import bombs, worlds  # noqa: E402
 
 from stages.download import download  # noqa: E402
 

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import worlds
-from finished import finished_world  # noqa: F401  (a fixture)
+from support import worlds
+from support.finished import finished_world  # noqa: F401  (a fixture)
 
 # A background shell starts its jobs with SIGINT ignored, and so would be every process that a test
 # starts and then interrupts.

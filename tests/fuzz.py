@@ -22,8 +22,8 @@ with atheris.instrument_imports(include=["PIL", "pipeline"]):
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import worlds
 from PIL import Image
+from support import worlds
 
 MOST_PIXELS = 1_000_000
 SCRATCH = Path(tempfile.mkdtemp())

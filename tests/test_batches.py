@@ -8,9 +8,8 @@ import signal
 import numpy as np
 import psutil
 import pytest
-import stored
-import worlds
 from PIL import Image
+from support import stored, worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Sample

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pyarrow.parquet as pq
-import seeing
-import stored
+from support import seeing, stored
 
 from pipeline.data import shards
 from pipeline.evaluation.box_search import Best, box_search_figures

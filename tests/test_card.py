@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import worlds
 import yaml
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.models.card import check_weights, read_card, weights_file

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import worlds
+from support import worlds
 
 from pipeline.models import golden
 from pipeline.models.teacher import Teacher

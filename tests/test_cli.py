@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.core.presets import write_preset
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards

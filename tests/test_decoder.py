@@ -6,12 +6,11 @@ import threading
 import time
 from pathlib import Path
 
-import bombs
 import psutil
 import pytest
-import server as web
-import worlds
 from PIL import Image
+from support import bombs, worlds
+from support import server as web
 
 from pipeline.fetch import decoding
 from pipeline.fetch.decoder import BASE_BYTES, BYTES_PER_PIXEL, Decoder

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from checkout import ROOT, Checkout
+from support.checkout import ROOT, Checkout
 
 pytestmark = pytest.mark.slow
 

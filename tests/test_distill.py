@@ -6,11 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import finished
 import pytest
 import torch
-import worlds
-from finished import finished_world  # noqa: F401  (a fixture)
+from support import finished, worlds
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
@@ -22,7 +20,7 @@ from stages.evaluate import evaluate
 
 
 @pytest.fixture
-def data(finished_world, tmp_path) -> Path:  # noqa: F811
+def data(finished_world, tmp_path) -> Path:
     shutil.copytree(finished_world, tmp_path / "data", ignore=shutil.ignore_patterns(".work"))
     shutil.rmtree(tmp_path / "data/student")
     return tmp_path / "data"
@@ -171,7 +169,7 @@ def test_training_ends_early_once_validation_gets_no_better_and_stays_ended(data
     assert train(data, early_stopping=0, **still | {"steps": 8})["steps"] == 8
 
 
-def test_a_student_starts_from_another_one(data, finished_world):  # noqa: F811
+def test_a_student_starts_from_another_one(data, finished_world):
     """With no step worth the name, it stays that one; the configuration's mask and norm hold."""
     still = {"learning_rate": 1e-30, "weight_decay": 0.0, "steps": 2}
     start = str(finished_world / "student")
@@ -181,7 +179,7 @@ def test_a_student_starts_from_another_one(data, finished_world):  # noqa: F811
         assert torch.allclose(found.state_dict()[name], x, atol=1e-6), name
 
 
-def test_a_start_is_adapted_to_another_image_size_mask_and_norm(finished_world):  # noqa: F811
+def test_a_start_is_adapted_to_another_image_size_mask_and_norm(finished_world):
     start = Student.load(finished_world / "student")
     shape = start.config.model_dump()
     asked = {"image_size": 48, "neighbourhood_mask": False, "same_norm": False}
@@ -196,7 +194,7 @@ def test_a_start_is_adapted_to_another_image_size_mask_and_norm(finished_world):
     assert torch.equal(back.eval()(pixels)[0], start(pixels)[0])
 
 
-def test_a_start_of_another_shape_is_refused_with_the_reason(data, finished_world):  # noqa: F811
+def test_a_start_of_another_shape_is_refused_with_the_reason(data, finished_world):
     start = str(finished_world / "student")
     for changes, reason in (
         ({"layers": 2}, "has layers 1 instead of 2"),
@@ -210,7 +208,7 @@ def test_a_start_of_another_shape_is_refused_with_the_reason(data, finished_worl
         warm_student(finished_world / "student", other, Student.load(start).preprocessing)
 
 
-def test_a_start_that_is_no_student_or_holds_nan_is_refused(data, finished_world, tmp_path):  # noqa: F811
+def test_a_start_that_is_no_student_or_holds_nan_is_refused(data, finished_world, tmp_path):
     with pytest.raises(PipelineError, match=r"distill\.init: .*cannot be read"):
         train(data, init=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="fixed_stem_frequencies replaces"):

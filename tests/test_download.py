@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import server as web
-import worlds
 from PIL import Image
+from support import server as web
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.plans import store_of

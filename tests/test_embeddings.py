@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import stored
+from support import stored
 
 from pipeline.data import database
 from pipeline.data.embeddings import caption_similarities, split_vectors, training_mean

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-import students
 import torch
+from support import students
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Preprocessing

@@ -2,7 +2,7 @@
 same bytes, or says what is wrong. `pytest -m faults` runs the long ones and prints what it counted.
 """
 
-# ruff: noqa: F811  # a fixture's name is also an argument's
+# a fixture's name is also an argument's
 
 import hashlib
 import os
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import worlds
-from finished import distill_config, evaluate_config, finished_world  # noqa: F401
+from support import worlds
+from support.finished import distill_config, evaluate_config
 
 from pipeline.core.layout import BY_FOLDER, FOLDERS
 from pipeline.verify.verify import verify

@@ -9,14 +9,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-import bombs
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import server as web
-import worlds
 from PIL import Image
+from support import bombs, worlds
+from support import server as web
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch import img2dataset

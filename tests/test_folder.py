@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch.folder import MOST_BYTES, write_folder_manifest

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import seeing
-import worlds
+from support import seeing, worlds
 
 from pipeline.data import shards
 from pipeline.fetch.forget import Forgotten, image_id, read_forgotten

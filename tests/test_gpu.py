@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import stored
 import torch
-import worlds
-from finished import distill_config, evaluate_config
+from support import stored, worlds
+from support.finished import distill_config, evaluate_config
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Recipe

@@ -3,9 +3,8 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import seeing
-import stored
-from students import small_student
+from support import seeing, stored
+from support.students import small_student
 
 from pipeline.data import shards
 from pipeline.evaluation.grounding import pointing_figures

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import worlds
 import yaml
-from finished import STUDENT, distill_config
+from support import worlds
+from support.finished import STUDENT, distill_config
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError

@@ -5,7 +5,7 @@ import time
 from urllib.request import Request
 
 import pytest
-import server as web
+from support import server as web
 from test_policy import opener, why_not
 
 from pipeline.fetch.hosts import BUDGET, EARNED, QUICK_FAILURE, Hosts

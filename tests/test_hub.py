@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import students
 from huggingface_hub import constants
+from support import students
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Preprocessing

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import worlds
-from finished import distill_config
 from PIL import Image
+from support import worlds
+from support.finished import distill_config
 
 from pipeline.core.config import DistillConfig, EvaluateConfig, SelectConfig
 from pipeline.core.errors import PipelineError

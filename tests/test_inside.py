@@ -4,8 +4,8 @@ import math
 from functools import partial
 
 import pytest
-import students
 import torch
+from support import students
 
 from pipeline.core.errors import PipelineError
 from pipeline.models.attention import (

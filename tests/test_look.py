@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import seeing
 import torch
-import worlds
 from PIL import Image
-from students import SMALL
+from support import seeing, worlds
+from support.students import SMALL
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError

@@ -6,9 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-import stored
 import torch
-import worlds
+from support import stored, worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.models.student import Student

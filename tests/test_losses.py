@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stored
 import torch
+from support import stored
 
 from pipeline.core.config import LossWeights
 from pipeline.core.devices import own_device

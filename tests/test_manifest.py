@@ -11,9 +11,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch.manifest import image_id, list_digest, write_lists

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch.forget import read_forgotten

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
-import server
-from worlds import run_code
+from support import server
+from support.worlds import run_code
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import lock

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.cluster.parts import Share, parse_share
 from pipeline.core.errors import PipelineError

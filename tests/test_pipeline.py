@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import worlds
-from checkout import ROOT, Checkout
+from support import worlds
+from support.checkout import ROOT, Checkout
 
 README = (ROOT / "README.md").read_text()
 STUDENT = {"image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1}

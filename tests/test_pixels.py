@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import worlds
 
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.fetch.decoding import TooManyPixels, canonical_jpeg

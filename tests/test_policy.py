@@ -12,9 +12,9 @@ from urllib.request import Request
 
 import psutil
 import pytest
-import server as web
 from hypothesis import given
 from hypothesis import strategies as st
+from support import server as web
 
 from pipeline.fetch import http as opener_module
 from pipeline.fetch.http import Opener, retry_after

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from students import small_student
-from worlds import picture
+from support.students import small_student
+from support.worlds import picture
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Preprocessing

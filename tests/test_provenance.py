@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worlds import run_code
+from support.worlds import run_code
 
 from pipeline.core import provenance
 from pipeline.core.errors import PipelineError
@@ -117,7 +117,8 @@ def test_a_run_killed_at_any_step_of_publishing_leaves_one_whole_run_or_none(tmp
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_provenance, worlds
+        import test_provenance
+        from support import worlds
         worlds.end_at_step(int(sys.argv[3]), "rename", "replace", "link", "rmdir", "mkdir")
         test_provenance.finish(Path(sys.argv[2]), {"n": 2})
     """

@@ -4,7 +4,7 @@ Root passes over the modes of files, so the commands run without that right, whi
 brings back.
 """
 
-# ruff: noqa: F811  # a fixture's name is also an argument's
+# a fixture's name is also an argument's
 
 import ctypes
 import hashlib
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import worlds
-from finished import distill_config, evaluate_config, finished_world  # noqa: F401
+from support import worlds
+from support.finished import distill_config, evaluate_config
 
 from pipeline.core.layout import BY_FOLDER, FOLDERS
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import worlds
+from support import worlds
 from typer.main import get_command
 
 from pipeline.cli import app

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import server as web
-from checkout import Checkout
+from support import server as web
+from support.checkout import Checkout
 
 from pipeline.core.config import load_section
 

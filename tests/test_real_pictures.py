@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkout import ROOT
 from PIL import Image
+from support.checkout import ROOT
 
 from pipeline.data.embeddings import text_vectors
 from pipeline.explore.search import Collection

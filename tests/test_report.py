@@ -10,11 +10,10 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
-import browser
 import numpy as np
 import pytest
-import seeing
 from PIL import Image
+from support import browser, seeing
 
 from pipeline.core.provenance import evaluation_of
 from pipeline.core.records import MetricGroup, Recipe

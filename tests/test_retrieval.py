@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import stored
+from support import stored
 from test_metrics import unit
 
 from pipeline.data.embeddings import split_vectors, training_vectors

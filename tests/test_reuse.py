@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import server as web
-import worlds
 import yaml
-from checkout import ROOT, Checkout
+from support import server as web
+from support import worlds
+from support.checkout import ROOT, Checkout
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.presets import write_preset

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import seeing
 import torch
-import worlds
 from PIL import Image
+from support import seeing, worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.shards import to_float16, unit_rows

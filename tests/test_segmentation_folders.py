@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import seeing
-import worlds
 from PIL import Image
+from support import seeing, worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards

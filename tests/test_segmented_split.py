@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import seeing
-import stored
-import worlds
 from PIL import Image
-from students import small_student
+from support import seeing, stored, worlds
+from support.students import small_student
 
 from pipeline.core.config import SegmentationConfig
 from pipeline.core.errors import PipelineError

@@ -8,7 +8,7 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import worlds
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp

@@ -9,11 +9,10 @@ import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 
-import browser
 import numpy as np
 import pytest
-import seeing
 from PIL import Image
+from support import browser, seeing
 
 from pipeline.core.errors import PipelineError
 

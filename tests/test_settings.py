@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import worlds
 import yaml
+from support import worlds
 
 from pipeline.core.config import SECTIONS, load_section
 from pipeline.core.errors import PipelineError

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import stored
 import torch
-from students import small_student, some_pixels
+from support import stored
+from support.students import small_student, some_pixels
 
 from pipeline.models.sizes import POSITIONS, ManySizes, positions_for
 from pipeline.training.batches import training_batches

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support.worlds import run_code
 from typer.testing import CliRunner
-from worlds import run_code
 
 from pipeline import cli
 from pipeline.core import outs
@@ -263,7 +263,8 @@ def test_a_run_killed_at_any_step_leaves_one_whole_out_or_none_and_goes_on(tmp_p
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_store, worlds
+        import test_store
+        from support import worlds
         worlds.end_at_step(int(sys.argv[3]), "rename", "replace", "link", "rmdir", "mkdir", "unlink")
         test_store.run(Path(sys.argv[2]), test_store.plan_of(2))
     """

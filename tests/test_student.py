@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from students import SMALL, small_student, some_pixels
+from support.students import SMALL, small_student, some_pixels
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from students import SMALL, small_student, some_pixels
+from support.students import SMALL, small_student, some_pixels
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError

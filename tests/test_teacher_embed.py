@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import worlds
 import yaml
 from safetensors.torch import load_file, save_file
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards

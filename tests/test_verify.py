@@ -1,6 +1,6 @@
 """`pipeline verify` finds each broken promise, and nothing in a world that keeps them all."""
 
-# ruff: noqa: F811  # a fixture's name is also an argument's
+# a fixture's name is also an argument's
 
 import hashlib
 import io
@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import worlds
-from finished import finished_world  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import FOLDERS, STAGES, STAMP_FILE

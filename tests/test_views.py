@@ -7,10 +7,10 @@ import io
 
 import numpy as np
 import pytest
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
+from support import worlds
 
 from pipeline.data.pixels import decode
 from pipeline.data.views import canonical_view, random_view, view_pixels

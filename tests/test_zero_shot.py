@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import seeing
-import worlds
+from support import seeing, worlds
 
 from pipeline.core.provenance import evaluation_of
 from pipeline.core.records import MetricGroup

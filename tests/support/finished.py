@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import worlds
 import yaml
 
 from pipeline.core.config import DistillConfig, EvaluateConfig
+from support import worlds
 
-DEMO = Path(__file__).parents[1] / "pipeline/core/presets/demo.yaml"
+DEMO = Path(__file__).parents[2] / "pipeline/core/presets/demo.yaml"
 STUDENT = {
     "image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1,
     "neighbourhood_mask": True, "same_norm": True, "pool": "extra-head", "temperature": 1.0,

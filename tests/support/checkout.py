@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARTS = ["pipeline", "stages", "manifests", ".dvc", ".dvcignore", "dvc.yaml", "params.yaml"]
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 from pipeline.core.config import DownloadConfig, SelectConfig, TeacherEmbedConfig
 
 EMBEDDING_SIZE, IMAGE_SIZE = 32, 32
-PROMPTS = Path(__file__).parents[1] / "manifests/prompts"
+PROMPTS = Path(__file__).parents[2] / "manifests/prompts"
 TEMPLATES, CLASSES = PROMPTS / "templates.txt", PROMPTS / "demo-classes.txt"
-FORGET = Path(__file__).parents[1] / "manifests/forget.txt"
+FORGET = Path(__file__).parents[2] / "manifests/forget.txt"
 
 
 def picture(seed: int, width: int = 48, height: int = 40, kind: str = "PNG", **options) -> bytes:
@@ -143,7 +143,7 @@ def write_teacher(folder: Path, seed: int = 0, context: int = 16) -> Path:
 
 def run_code(code: str, *arguments, **options) -> subprocess.Popen:
     """A real second process, our modules on its path."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(root)},

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import worlds
 from PIL import Image
 
 from pipeline.core.config import DistillConfig
 from pipeline.data import shards
 from pipeline.data.views import canonical_view
+from support import worlds
 
 SIZE, GROUP, PER_SHARD, VIEWS = 32, 5, 23, 2  # embedding size, rows a group, rows a shard
 

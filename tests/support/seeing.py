@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import worlds
 
 from pipeline.core.config import DistillConfig, EvaluateConfig
 from pipeline.data import shards
+from support import worlds
 
 SIZE = 4  # embedding size of the world written by hand
 NAMES = ["apple", "bread", "cloud", "door"]  # image i's teacher vector is the i-th unit vector

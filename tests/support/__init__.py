@@ -1,0 +1,1 @@
+"""What several tests share: worlds to run the stages on, servers, browsers, hostile files."""
