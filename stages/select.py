@@ -4,6 +4,7 @@ Run:   pipeline select
 Cost:  one DuckDB query over the shards, no pixels; near duplicates compare all pairs of embeddings.
 """
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -156,9 +157,8 @@ FROM placed ORDER BY image_id
 
 
 def _counts(table: pa.Table) -> dict[str, int]:
-    rows = zip(*(table[name].to_pylist() for name in ("keep", "split", "reason")), strict=True)
-    counts: dict[str, int] = {}
-    for keep, split, reason in rows:
-        key = split if keep else f"left out: {reason}"
-        counts[key] = counts.get(key, 0) + 1
+    counts: Counter[str] = Counter()
+    kinds = table.group_by(["keep", "split", "reason"]).aggregate([([], "count_all")])
+    for row in kinds.to_pylist():
+        counts[row["split"] if row["keep"] else f"left out: {row['reason']}"] += row["count_all"]
     return dict(sorted(counts.items()))

@@ -446,7 +446,7 @@ def test_a_shard_of_an_earlier_version_is_read_and_nothing_is_fetched_again(tmp_
     for entry in store.entries():
         store.path(entry).unlink()
     entry = store.commit(
-        path.name, digest("of version 1"), 0, 1,
+        path.name, digest("of version 1"), 0,
         lambda partial: shards.write_shard(partial, schema, [older], made),
     )  # fmt: skip
     with pytest.raises(PipelineError, match=r"earlier version .*license.* Run `pipeline download`"):

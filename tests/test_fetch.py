@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,7 @@ from support import server as web
 from pipeline.core.errors import PipelineError
 from pipeline.fetch import img2dataset
 from pipeline.fetch.img2dataset import RETRYABLE, TRIES, FetchRules, fetch_lists, split_error
-from pipeline.fetch.journal import JournalWriter, read_journal, write_rows
+from pipeline.fetch.journal import FetchedRows, JournalWriter
 
 SECRET = b"\x89PNG secret bytes below nobody's root"
 
@@ -63,8 +64,9 @@ def write_list(path: Path, urls: list[str]) -> None:
     pq.write_table(pa.table({"image_id": [f"id of {u}" for u in urls], "url": urls}), path)
 
 
-def rows_of(shard: Path) -> dict[str, dict]:
-    return {row["url"]: row for row in pq.read_table(shard).to_pylist()}
+def rows_of(rows: FetchedRows) -> dict[str, dict]:
+    """By URL."""
+    return {row.url: asdict(row) for row in map(rows.get, rows)}
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,9 @@ def hostile(tmp_path_factory):
             }
             write_list(folder / "lists" / "00007.parquet", list(urls.values()))
             shards = fetch_lists(folder / "lists", folder / "out", rules(root=root), 1, 16)
-            (shard,) = list(shards)
-            assert shard.name == "00007.parquet"
-            rows = rows_of(shard)
+            ((name, came),) = list(shards)
+            assert name == "00007.parquet"
+            rows = rows_of(came)
     assert len(rows) == len(urls), "rows in = rows out"
     return {name: rows[url] for name, url in urls.items()}, http
 
@@ -243,9 +245,9 @@ def test_several_lists_keep_their_names_and_rows_and_may_be_deleted(tmp_path):
                 [server.url(f"/{j}.png") for j in range(4 * i, 4 * i + 2 + i)],
             )
         found = {}
-        for shard in fetch_lists(tmp_path / "lists", tmp_path / "out", rules(), 2, 4):
-            found[shard.name] = sorted(row["width"] for row in rows_of(shard).values())
-            shard.unlink()
+        for name, came in fetch_lists(tmp_path / "lists", tmp_path / "out", rules(), 2, 4):
+            found[name] = sorted(row["width"] for row in rows_of(came).values())
+            came.delete()
     assert found == {names[0]: [20, 21], names[1]: [24, 25, 26], names[2]: [28, 29, 30, 31]}
     assert web.wait_until(lambda: not running_in(tmp_path), 10)
 
@@ -307,7 +309,7 @@ def leader_in(folder: Path) -> psutil.Process:
 
 
 def journals_hold(out: Path, rows: int) -> bool:
-    return sum(len(list(read_journal(path))) for path in out.rglob("*.rows")) >= rows
+    return len(FetchedRows(list(out.rglob("*.rows")))) >= rows
 
 
 def fatal(kill, out: Path, times: int, data: bytes, finished: int):
@@ -337,8 +339,8 @@ def test_a_process_that_is_killed_costs_no_finished_row_and_none_is_fetched_agai
         paths = [*list(pages)[:4], "/fatal.png", "/4.png"]
         write_list(tmp_path / "lists" / "00003.parquet", [server.url(path) for path in paths])
         asked = rules(respect_robots=False, timeout_s=60.0)
-        (shard,) = fetch_lists(tmp_path / "lists", tmp_path / "out", asked, 1, 1)
-        rows = rows_of(shard)
+        ((_, came),) = fetch_lists(tmp_path / "lists", tmp_path / "out", asked, 1, 1)
+        rows = rows_of(came)
         assert {rows[server.url(path)]["width"] for path in paths} == {20, 21, 22, 23, 24, 99}
         assert server.paths() == [
             "/0.png",
@@ -362,8 +364,8 @@ def test_a_row_that_ends_its_worker_every_time_is_lost_and_all_others_are_kept(t
             write_list(tmp_path / "lists" / f"{name}.parquet", urls)
         asked = rules(respect_robots=False, timeout_s=60.0)
         shards = fetch_lists(tmp_path / "lists", tmp_path / "out", asked, 1, 1)
-        found = {shard.stem: len(rows_of(shard)) for shard in shards}
-        assert found == {"00000": 3, "00001": 3, "00002": 2}
+        found = {name: len(came) for name, came in shards}
+        assert found == {"00000.parquet": 3, "00001.parquet": 3, "00002.parquet": 2}
         assert server.paths().count("/fatal.png") == TRIES
         assert all(server.paths().count(path) == 1 for path in paths[3:6])
 
@@ -384,12 +386,13 @@ def test_a_journal_that_was_cut_off_keeps_its_complete_rows(tmp_path):
         writer.write(b"jpg" * i or None, None, None, row)
     writer.close()
     journal, size = tmp_path / "00007.rows", (tmp_path / "00007.rows").stat().st_size
-    complete = [len(list(read_journal(cut_off(journal, length)))) for length in range(size + 1)]
+    complete = [len(FetchedRows([cut_off(journal, length)])) for length in range(size + 1)]
     assert complete == sorted(complete) and complete[-1] == 3 and complete[-2] == 2
-    assert write_rows([journal, journal], tmp_path / "rows.parquet") == 3
-    found = pq.read_table(tmp_path / "rows.parquet").to_pylist()
-    assert [row["jpg"] for row in found] == [None, b"jpg", b"jpgjpg"]
-    assert [row["error_message"] for row in found] == [None, "bad ?", "bad ?"]
+    came = FetchedRows([cut_off(journal, size - 1), journal])
+    assert list(came) == ["0", "1", "2"]
+    assert [came.get(key).jpg for key in came] == [None, b"jpg", b"jpgjpg"]
+    assert [came.get(key).error_message for key in came] == [None, "bad ?", "bad ?"]
+    assert came.get("3") is None
 
 
 def test_a_journal_that_the_disk_has_no_room_for_keeps_whole_rows_and_says_so_at_its_end(tmp_path):
@@ -408,7 +411,7 @@ def test_a_journal_that_the_disk_has_no_room_for_keeps_whole_rows_and_says_so_at
     """
     output, errors = worlds.run_code(code, tmp_path).communicate(timeout=300)
     assert output.split("\n")[:-1] == ["failed 2", "failed 4", "OSError"], errors
-    assert [row["image_id"] for row in read_journal(tmp_path / "00000.rows")] == ["0", "1", "3"]
+    assert list(FetchedRows([tmp_path / "00000.rows"])) == ["0", "1", "3"]
 
 
 def cut_off(path: Path, length: int) -> Path:
@@ -434,7 +437,7 @@ def test_leaving_the_loop_early_ends_img2dataset(tmp_path):
         write_list(tmp_path / "lists" / "00000.parquet", [server.url("/a.png")])
         write_list(tmp_path / "lists" / "00001.parquet", [server.url("/never.jpg")])
         shards = fetch_lists(tmp_path / "lists", tmp_path / "out", rules(timeout_s=60), 2, 2)
-        assert next(shards).name == "00000.parquet"
+        assert next(shards)[0] == "00000.parquet"
         shards.close()
     assert web.wait_until(lambda: not running_in(tmp_path), 10)
 
@@ -443,3 +446,15 @@ def test_importing_fetch_does_not_import_img2dataset():
     code = "import sys, pipeline.fetch.img2dataset; print('img2dataset' in sys.modules, 'cv2' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+def test_img2dataset_is_imported_without_what_it_never_uses_and_finds_it_when_it_does():
+    code = """
+        import sys
+        import pipeline.fetch.img2dataset_child as child
+        print([name for name in ("torch", *child.UNUSED) if name in sys.modules])
+        from img2dataset import reader
+        print(reader.pd.DataFrame({"a": [1, 2]}).a.sum())
+    """
+    output, errors = worlds.run_code(code).communicate(timeout=300)
+    assert output.split("\n")[:-1] == ["[]", "3"], errors

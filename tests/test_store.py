@@ -57,7 +57,12 @@ class Maker:
 
 def put(store: Store, part: Part, round: int = 0, good: int = 5, text: str | None = None) -> Entry:
     text = text or part.origin
-    return store.commit(part.name, part.origin, round, good, lambda path: path.write_text(text))
+
+    def write(path: Path) -> int:
+        path.write_text(text)
+        return good
+
+    return store.commit(part.name, part.origin, round, write)
 
 
 def run(data: Path, plan: Plan, settled: bool = True) -> list[str]:
@@ -83,7 +88,7 @@ def origins(plan: Plan) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["00000.parquet", "images/00012.parquet", "texts/a-b-1.parquet"])
 def test_a_stored_name_says_everything_about_its_shard(tmp_path, name):
     store = Store(tmp_path)
-    entry = store.commit(name, "a" * 32, 3, 17, lambda path: path.write_text("shard"))
+    entry = store.commit(name, "a" * 32, 3, lambda path: path.write_text("shard"))
     assert entry_of(entry.stored, 5) == entry and store.entries() == [entry]
     assert entry.sha256 == file_digest(store.path(entry))
 
@@ -118,10 +123,11 @@ WRITER = """
             for _ in range(200):
                 file.write(sys.argv[2] * 1000)
                 file.flush()
+        return 1
     Path(sys.argv[1], sys.argv[2]).touch()
     while len(list(Path(sys.argv[1]).glob("?"))) < 2:
         time.sleep(0.001)
-    Store(Path(sys.argv[1])).commit("a.parquet", "0" * 32, 0, 1, write)
+    Store(Path(sys.argv[1])).commit("a.parquet", "0" * 32, 0, write)
 """
 
 
@@ -141,7 +147,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         raise OSError(errno.ENOSPC, "no space")
 
     with pytest.raises(OSError, match="no space"):
-        Store(tmp_path).commit("a.parquet", "0" * 32, 0, 1, fail)
+        Store(tmp_path).commit("a.parquet", "0" * 32, 0, fail)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -341,7 +347,7 @@ def test_what_a_killed_process_left_half_written_is_swept_and_a_living_ones_is_n
             path.write_text("half")
             os.kill(os.getpid(), 9)
         with scratch_folder(Path(sys.argv[2]), "download"):
-            Store(Path(sys.argv[1])).commit("00000.parquet", "0" * 32, 0, 1, half)
+            Store(Path(sys.argv[1])).commit("00000.parquet", "0" * 32, 0, half)
     """
     run_code(code, store.folder, tmp_path).communicate()
     assert len(list(store.folder.rglob("*" + PARTIAL))) == 1

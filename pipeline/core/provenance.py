@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,6 +27,7 @@ from pipeline.core.layout import BY_FOLDER, STAGES, STAMP_FILE, command
 from pipeline.core.records import Evaluation, Stamp, StoredFile, TeacherSummary
 
 PARTIAL = ".partial"
+Written = TypeVar("Written")
 FULL = 1 << 16  # bytes free after a failed write: some libraries hide that the disk is full
 
 
@@ -63,18 +64,20 @@ def read_text(file: Path, name: str, expected: str) -> str:
         raise PipelineError(f"{name} cannot be read ({error}). {expected}") from None
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], Written]) -> Written:
     """The one way a file becomes final: written under another name, fsynced, renamed.
 
-    write: gets the temporary path. A file under its final name is therefore complete.
+    write: gets the temporary path; what it returns is returned. A file under its final name is
+    therefore complete.
     """
     _make_folder(path.parent)
     partial = path.with_name(path.name + PARTIAL)
     try:
-        write(partial)
+        written = write(partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        return written
     except BaseException as error:
         full = shutil.disk_usage(path.parent).free < FULL
         partial.unlink(missing_ok=True)

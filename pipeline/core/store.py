@@ -55,16 +55,15 @@ class Store:
     def path(self, entry: Entry) -> Path:
         return self.folder / entry.stored
 
-    def commit(
-        self, name: str, origin: str, round: int, good: int, write: Callable[[Path], None]
-    ) -> Entry:
-        """Write a shard (write gets a path of this process alone), hash it, give it its name.
+    def commit(self, name: str, origin: str, round: int, write: Callable[[Path], int]) -> Entry:
+        """Write a shard, hash it, give it its name.
 
-        Any number of processes may do so at once, for the same shard too; none sees half a file.
+        write: gets a path of this process alone, and returns how many of its rows are good. Any
+        number of processes may do so at once, for the same shard too; none sees half a file.
         """
         hidden = self._hidden(name)
         try:
-            write_file(hidden, write)
+            good = write_file(hidden, write)
             entry = Entry(
                 name=name, origin=origin, round=round, good=good,
                 sha256=file_digest(hidden), bytes=hidden.stat().st_size,

@@ -140,20 +140,24 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return wide / np.linalg.norm(wide, axis=1, keepdims=True).clip(1e-12)
 
 
-def write_shard(
-    path: Path, schema: pa.Schema, groups: Iterable[pa.Table], provenance: dict
-) -> None:
-    """Write tables as row groups, one each. Images and embeddings stay uncompressed: it buys nothing."""
+def write_shard(path: Path, schema: pa.Schema, groups: Iterable[pa.Table], provenance: dict) -> int:
+    """Write tables as row groups, one each; returns the number of rows.
+
+    Images and embeddings stay uncompressed: it buys nothing.
+    """
     schema = schema.with_metadata({"provenance": json.dumps(provenance, sort_keys=True)})
     plain = {"jpg", "mask", "embedding"}
     leaves = [pq_path for field in schema for pq_path in _leaves(field)]
     codecs = {name: "none" if name.split(".")[0] in plain else "zstd" for name in leaves}
     dictionary = [name for name in leaves if name.split(".")[0] in REPEATED]
+    rows = 0
     with pq.ParquetWriter(
         path, schema, compression=codecs, use_dictionary=dictionary, write_page_checksum=True
     ) as writer:
         for table in groups:
             writer.write_table(table.cast(schema), row_group_size=max(1, table.num_rows))
+            rows += table.num_rows
+    return rows
 
 
 def _leaves(field: pa.Field, prefix: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from pipeline.data.earlier import EarlierRows
 from pipeline.fetch import decoding, manifest, masks, policy
 from pipeline.fetch.forget import FORGOTTEN, Forgotten, judged
 from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
+from pipeline.fetch.journal import FetchedRow, FetchedRows
 
 STAGE = "download"
 JUDGED = (
@@ -120,7 +121,7 @@ class ImageShards:
             missing = [row for row in rows if _has_image(row) and row["image_id"] not in known]
             total += len(missing)
             if not missing:
-                yield self._commit(name, rows, earlier.facts(rows, IMAGE_FACTS))
+                yield self._commit(name, rows, earlier, FetchedRows([]))
                 continue
             waiting[name] = missing
             if 2 * sum(map(len, waiting.values())) > self.config.rows_per_shard:
@@ -131,7 +132,7 @@ class ImageShards:
         if not batches:
             return
         with tqdm(total=total, unit="image", desc=STAGE, smoothing=0.05) as bar:
-            for raw in fetch_lists(
+            for batch, came in fetch_lists(
                 wanted,
                 self.scratch / "raw",
                 self._fetch_rules(),
@@ -139,27 +140,14 @@ class ImageShards:
                 self.threads,
                 lambda hosts: bar.set_postfix_str(_slow(hosts)),
             ):
-                came = {row["image_id"]: row for row in pq.read_table(raw).to_pylist()}
-                for name in batches[raw.name]:
+                for name in batches[batch]:
                     rows = self._rows(name)
-                    known = earlier.facts(rows, IMAGE_FACTS)
-                    fetched = dict(self._fetched(rows, known, came, earlier))
-                    yield self._commit(name, rows, known | fetched)
-                    bar.update(len(fetched))
-                raw.unlink()
+                    yield self._commit(name, rows, earlier, came)
+                    bar.update(sum(row["image_id"] in came for row in rows))
+                came.delete()
 
     def _rows(self, name: str) -> list[dict]:
         return pq.read_table(self.lists / name).to_pylist()
-
-    def _fetched(
-        self, rows: list[dict], known: dict, came: dict[str, dict], earlier: "_EarlierImages"
-    ) -> Iterator[tuple[str, dict]]:
-        """(image_id, facts) of every image that is not known; what img2dataset lost is a row too."""
-        asked = [row for row in rows if _has_image(row) and row["image_id"] not in known]
-        tried = earlier.attempts(row["image_id"] for row in asked)
-        for key in (row["image_id"] for row in asked):
-            row = came.get(key, {"status": None, "error_message": "lost: no row came back"})
-            yield key, _facts(row) | {"attempts": tried.get(key, 0) + 1}
 
     def _fetch_rules(self) -> FetchRules:
         config = self.config
@@ -178,10 +166,10 @@ class ImageShards:
             quality=config.quality,
         )
 
-    def _commit(self, name: str, rows: list[dict], facts: dict[str, dict]) -> Entry:
+    def _commit(
+        self, name: str, rows: list[dict], earlier: "_EarlierImages", came: FetchedRows
+    ) -> Entry:
         """Write one canonical shard: the list's rows, each with its image or its status."""
-        complete = [_row(row, facts, self.config, self.forgotten) for row in rows]
-        table = pa.Table.from_pylist(complete, schema=shards.IMAGES)
         made = {
             "stage": STAGE,
             "rules": _rules(self.config),
@@ -189,13 +177,34 @@ class ImageShards:
             "list": self.plan.recipe.inputs["lists"][name],
             "libraries": libraries("img2dataset", "pillow", "pyarrow"),
         }
-        return self.store.commit(
-            name,
-            self.origins[name],
-            self.plan.round,
-            sum(row["status"] == "ok" for row in complete),
-            lambda path: shards.write_shard(path, shards.IMAGES, shards.in_groups(table), made),
-        )
+
+        def write(path: Path) -> int:
+            good = 0
+
+            def groups() -> Iterator[pa.Table]:
+                nonlocal good
+                for start in range(0, len(rows), shards.ROWS_PER_GROUP):
+                    some = rows[start : start + shards.ROWS_PER_GROUP]
+                    complete = self._complete(some, earlier, came)
+                    good += sum(row["status"] == "ok" for row in complete)
+                    yield pa.Table.from_pylist(complete, schema=shards.IMAGES)
+
+            shards.write_shard(path, shards.IMAGES, groups(), made)
+            return good
+
+        return self.store.commit(name, self.origins[name], self.plan.round, write)
+
+    def _complete(
+        self, rows: list[dict], earlier: "_EarlierImages", came: FetchedRows
+    ) -> list[dict]:
+        """Rows of a list with their images; an image that img2dataset lost has a status too."""
+        facts = earlier.facts(rows, IMAGE_FACTS)
+        asked = [row for row in rows if _has_image(row) and row["image_id"] not in facts]
+        tried = earlier.attempts(row["image_id"] for row in asked)
+        for row in asked:
+            key = row["image_id"]
+            facts[key] = _facts(came.get(key)) | {"attempts": tried.get(key, 0) + 1}
+        return [_row(row, facts, self.config, self.forgotten) for row in rows]
 
 
 class _EarlierImages:
@@ -285,18 +294,23 @@ def _write_wanted(folder: Path, waiting: dict[str, list[dict]]) -> str:
     return name
 
 
-def _facts(row: dict) -> dict:
-    """A row as img2dataset left it -> what we store of it."""
-    if row["status"] != "success":
-        status, detail = split_error(row["error_message"])
+def _facts(row: FetchedRow | None) -> dict:
+    """A row as img2dataset left it, or none where it lost it -> what we store of it."""
+    if row is None or row.status != "success":
+        said = row.error_message if row else None
+        status, detail = split_error(said or "lost: no row came back")
         return NO_IMAGE | {"status": status, "error": detail}
-    sizes = ("width", "height", "original_width", "original_height")
+    assert row.jpg and row.exif, row.url
     return NO_IMAGE | {
         "status": "ok",
-        "original_bytes": int(json.loads(row["exif"])[SIZE]),
-        "sha256_original": row["sha256"],
-        "sha256": hashlib.sha256(row["jpg"]).hexdigest(),
-        **{name: row[name] for name in ("jpg", *sizes)},
+        "original_bytes": int(json.loads(row.exif)[SIZE]),
+        "sha256_original": row.sha256,
+        "sha256": hashlib.sha256(row.jpg).hexdigest(),
+        "jpg": row.jpg,
+        "width": row.width,
+        "height": row.height,
+        "original_width": row.original_width,
+        "original_height": row.original_height,
     }
 
 

@@ -6,61 +6,48 @@ image in no particular order, with image_id, url, status (`success` or a failure
 fetched bytes), exif (JSON: their number as `bytes`) and jpg. A row that got lost is missing:
 compare image_ids.
 
-Nothing of img2dataset is imported here, only in the child: it takes seconds, and its SIGINT
-handler would end us with status 0. Its workers keep a journal of finished rows. Where one is
+Nothing of img2dataset is imported here, only in the child (`img2dataset_child`): its SIGINT handler
+would end us with status 0. Its workers keep a journal of finished rows. Where one is
 killed, or all of img2dataset hangs or ends, it is started anew for the rows that are not in one.
 """
 
 import errno
-import functools
-import io
 import json
-import math
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
 
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import FULL
-from pipeline.fetch.decoder import Decoder
-from pipeline.fetch.http import LONGEST_PAUSE_S, Opener
-from pipeline.fetch.journal import (
-    SPACE,
-    SUFFIX,
-    JournalWriter,
-    read_journal,
-    tell_if_full,
-    write_rows,
-)
-from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchError, FetchRules, split_error
+from pipeline.fetch.http import LONGEST_PAUSE_S
+from pipeline.fetch.journal import SPACE, SUFFIX, FetchedRows
+from pipeline.fetch.policy import RETRYABLE, STATUSES, FetchRules, split_error
 
 __all__ = ["RETRYABLE", "STATUSES", "FetchRules", "fetch_lists", "split_error"]
 
 LOG = "img2dataset.log"
 STALL_GRACE_S = 120.0  # to start processes and decode what was fetched, without a request
-Report = Callable[[dict[str, float]], None]  # seconds that each of the slowest hosts has cost
 SIZE = "bytes"  # key in the column exif
 TRIES = 3  # to fetch a list whose worker dies; after them its missing rows are lost
 SLOWEST = 3  # hosts that are reported
 _POLL_S = 0.2
-_REPORT_S = 2.0  # between two looks at what hosts cost
-_BEAT = "beat"  # its time changes with every request and every decoded image
+REPORT_S = 2.0  # between two looks at what hosts cost
+BEAT = "beat"  # its time changes with every request and every decoded image
 _CHILD = (
-    "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.img2dataset import _child; _child()"
+    "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.img2dataset_child import run; run()"
 )
+
+Report = Callable[[dict[str, float]], None]  # seconds that each of the slowest hosts has cost
 
 
 def fetch_lists(
@@ -70,13 +57,14 @@ def fetch_lists(
     processes: int,
     threads: int,
     report: Report = lambda hosts: None,
-) -> Iterator[Path]:
-    """Fetch every list; yield out/NNNNN.parquet, named as its list, as soon as it is complete.
+) -> Iterator[tuple[str, FetchedRows]]:
+    """Fetch every list; yield its name and its rows as soon as it is complete.
 
-    The caller may delete what it was given. `out` belongs to this function alone and is emptied
-    first: give it only lists that are still to be fetched, none of them empty. img2dataset's
-    output goes to out/img2dataset.log. However this ends, kill -9 included, its processes end too.
-    `report` is told now and then which hosts have cost most seconds by failures and slow answers.
+    The caller may delete the rows that it was given. `out` belongs to this function alone and is
+    emptied first: give it only lists that are still to be fetched, none of them empty. The output of
+    img2dataset goes to out/img2dataset.log. However this ends, kill -9 included, its processes end
+    too. `report` is told now and then which hosts have cost most seconds by failures and slow
+    answers.
 
     A list that loses its worker TRIES times lacks the rows that were never finished.
     Raises PipelineError where img2dataset does not even begin, OSError (ENOSPC) where the disk is
@@ -93,7 +81,7 @@ def fetch_lists(
             patience = STALL_GRACE_S + 3 * (rules.timeout_s + LONGEST_PAUSE_S)
             for name in (watching := _Watch(attempt, child, patience, report)):
                 journals[name].append(attempt.journal(name))
-                yield _finished(name, out, waiting, journals)
+                yield name, _finished(name, waiting, journals)
         if waiting and watching.failed:
             attempt.require_space()
             raise _unfinished(watching.ending, waiting, out)
@@ -101,8 +89,8 @@ def fetch_lists(
         for name in begun:
             losses[name] += 1
             journals[name].append(attempt.journal(name))
-            if losses[name] == TRIES or len(_ids(journals[name])) == waiting[name]:
-                yield _finished(name, out, waiting, journals)
+            if losses[name] == TRIES or len(FetchedRows(journals[name])) == waiting[name]:
+                yield name, _finished(name, waiting, journals)
         if not waiting:
             return
         if not begun and not watching.done:
@@ -115,18 +103,12 @@ def _rows_per_list(lists: Path) -> dict[str, int]:
     return rows
 
 
-def _ids(journals: list[Path]) -> set[str]:
-    return {row["image_id"] for path in journals for row in read_journal(path)}
-
-
-def _finished(name: str, out: Path, waiting: dict, journals: dict) -> Path:
-    """One list's rows, out of all attempts, as one file; its journals are gone then."""
-    found, rows = write_rows(parts := journals.pop(name), out / name), waiting.pop(name)
-    if found > rows:
-        raise PipelineError(f"{out / name} has {found} rows, its list {rows}. Run it again.")
-    for part in parts:
-        part.unlink()
-    return out / name
+def _finished(name: str, waiting: dict[str, int], journals: dict[str, list[Path]]) -> FetchedRows:
+    """One list's rows, out of all attempts."""
+    rows, asked = FetchedRows(journals.pop(name)), waiting.pop(name)
+    if len(rows) > asked:
+        raise PipelineError(f"{name}: {len(rows)} rows came, {asked} were asked for. Run it again.")
+    return rows
 
 
 def _unfinished(what: str, waiting: dict[str, int], out: Path) -> PipelineError:
@@ -143,12 +125,12 @@ class _Attempt:
         self.log, self.lists, self.raw = out / LOG, folder / "lists", folder / "raw"
         self.lists.mkdir(parents=True)
         self.raw.mkdir()
-        for name in (SPACE, _BEAT):
+        for name in (SPACE, BEAT):
             (self.raw / name).touch()
         self.rows = max(waiting.values())
         for name in waiting:
             rows = pq.read_table(lists / name)
-            done = _ids(journals[name])
+            done = set(FetchedRows(journals[name]))
             left = [key not in done for key in rows["image_id"].to_pylist()]
             pq.write_table(rows.filter(left), self.lists / name)
         # img2dataset numbers its shards by the place of a list among the sorted lists
@@ -170,7 +152,7 @@ class _Attempt:
         return False
 
     def last_sign(self) -> int:
-        return (self.raw / _BEAT).stat().st_mtime_ns
+        return (self.raw / BEAT).stat().st_mtime_ns
 
     def found_no_space(self) -> bool:
         return not (self.raw / SPACE).exists()
@@ -206,7 +188,7 @@ class _Watch:
                 waiting.discard(name)
                 self.done.append(name)
                 yield name
-            if time.monotonic() - reported > _REPORT_S and (hosts := attempt.slowest_hosts()):
+            if time.monotonic() - reported > REPORT_S and (hosts := attempt.slowest_hosts()):
                 self.report(hosts)
                 reported = time.monotonic()
             if waiting and attempt.found_no_space():
@@ -234,9 +216,6 @@ def _running(
 
     Its standard input is a pipe that we hold: when we are gone it reads an end of file.
     """
-    scratch = tempfile.mkdtemp(prefix="extrahead-")  # what its logger leaves behind on every start
-    quiet = {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
-    quiet["TMPDIR"] = scratch
     code = _CHILD.format(str(Path(__file__).resolve().parents[2]))
     with attempt.log.open("ab") as log:
         child = subprocess.Popen(
@@ -244,7 +223,7 @@ def _running(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=os.environ | quiet,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
     assert child.stdin is not None  # a pipe, as asked
@@ -260,114 +239,3 @@ def _running(
         with suppress(BrokenPipeError):
             child.stdin.close()
         child.wait()
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _child() -> None:
-    """The process that runs img2dataset."""
-    lists, raw, rules, processes, threads, rows = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    import img2dataset
-    import img2dataset.main  # hidden behind the function of the same name
-
-    guarded = functools.partial(GuardedDownloader, rules, raw)
-    setattr(sys.modules["img2dataset.main"], "Downloader", guarded)  # noqa: B010
-    img2dataset.download(
-        url_list=str(lists),
-        input_format="parquet",
-        output_folder=str(raw),
-        output_format="parquet",
-        save_additional_columns=["image_id"],
-        distributor="multiprocessing",  # Ray and Spark would work where our opener is not
-        number_sample_per_shard=rows,
-        processes_count=processes,
-        thread_count=threads,
-        timeout=math.ceil(rules.timeout_s),
-        retries=0,  # its loop is blind; ours knows what may succeed later
-        disallowed_header_directives=[],  # ours also honours `none`
-        extract_exif=True,  # the only column of our own that it offers: `CountBytes`
-    )
-
-
-def _die_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-class GuardedDownloader:
-    """Stands for img2dataset's Downloader in its pool of spawned workers."""
-
-    def __init__(self, rules: FetchRules, raw: Path, **arguments: Any):
-        from img2dataset.downloader import Downloader
-
-        self.rules, self.raw = rules, raw
-        ours = {"resizer": CanonicalResizer(rules, raw), "sample_writer_class": JournalWriter}
-        self.downloader = Downloader(**arguments | ours)
-
-    def __call__(self, shard: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
-        """(whether it worked, shard), as img2dataset's distributor expects it."""
-        import urllib.request
-
-        from img2dataset import downloader
-
-        setattr(downloader, "exifread", CountBytes)  # noqa: B010 - no parser of untrusted bytes
-        opener = cast(urllib.request.OpenerDirector, _opener(self.rules, self.raw))
-        urllib.request.install_opener(opener)
-        try:
-            (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
-            return self.downloader(shard)
-        except OSError as error:
-            tell_if_full(self.raw, error)
-            raise
-        finally:
-            _tell_hosts(self.rules, self.raw)
-
-
-@functools.cache
-def _opener(rules: FetchRules, raw: Path) -> Opener:
-    """One per process, so that robots.txt, turns and accounts are shared by its shards."""
-    told = [time.monotonic()]
-
-    def beat() -> None:
-        (raw / _BEAT).touch()
-        if time.monotonic() - told[0] > _REPORT_S:
-            told[0] = time.monotonic()
-            _tell_hosts(rules, raw)
-
-    return Opener(rules, beat)
-
-
-def _tell_hosts(rules: FetchRules, raw: Path) -> None:
-    """What hosts have cost this process, for the progress that the caller shows."""
-    costs = _opener(rules, raw).hosts.slowest(SLOWEST)
-    with suppress(OSError):  # a full disk is told by what needs it
-        (raw / f"{os.getpid()}.hosts").write_text(json.dumps(costs))
-
-
-@functools.cache
-def _decoder(rules: FetchRules) -> Decoder:
-    """One per process."""
-    return Decoder(rules.image_size, rules.quality, rules.max_pixels)
-
-
-class CountBytes:
-    """Stands for img2dataset's parser of EXIF, whose answer becomes a column: counts the bytes."""
-
-    @staticmethod
-    def process_file(stream: io.BytesIO, details: bool) -> dict[str, int]:
-        return {SIZE: stream.getbuffer().nbytes}
-
-
-class CanonicalResizer:
-    """Stands for img2dataset's Resizer: bytes are judged, decoded and stored by our rules."""
-
-    def __init__(self, rules: FetchRules, raw: Path):
-        self.rules, self.raw = rules, raw
-
-    def __call__(self, stream: io.BytesIO, bboxes: object = None) -> tuple:
-        """(jpg or None, width, height, original width, original height, error or None)."""
-        (self.raw / _BEAT).touch()
-        try:
-            return *_decoder(self.rules).canonical_jpeg(stream.read()), None
-        except FetchError as error:
-            return None, None, None, None, None, str(error)

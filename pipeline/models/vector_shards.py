@@ -103,7 +103,7 @@ class VectorShards:
         rows = sum(table.num_rows for table in tables)
         bar.update(rows - (len(known) - before))
         schema = shards.teacher_schema(self.teacher.embedding_size)
-        return self._commit(name, schema, tables, rows, self._drift_of_images(source))
+        return self._commit(name, schema, tables, self._drift_of_images(source))
 
     def _texts(self, name: str) -> Entry:
         groups = _in_groups(self.prompts) if name == PROMPTS else _captions(self._source(name))
@@ -113,13 +113,13 @@ class VectorShards:
         size = self.teacher.embedding_size
         tables = [_text_table(rows, found, size) for rows in groups]
         drift = self._drift("text", texts[:PROBE])
-        return self._commit(name, shards.texts_schema(size), tables, sum(map(len, groups)), drift)
+        return self._commit(name, shards.texts_schema(size), tables, drift)
 
     def _source(self, name: str) -> Path:
         return self.images / Path(name).name
 
     def _commit(
-        self, name: str, schema: pa.Schema, tables: Iterable[pa.Table], rows: int, drift: dict
+        self, name: str, schema: pa.Schema, tables: Iterable[pa.Table], drift: dict
     ) -> Entry:
         made = self.origins[name] | {
             "preprocessing": self.teacher.preprocessing.model_dump(mode="json"),
@@ -127,7 +127,7 @@ class VectorShards:
             "least_cosine_to_float32": drift,
         }
         write = partial(shards.write_shard, schema=schema, groups=tables, provenance=made)
-        return self.store.commit(name, self.digests[name], 0, rows, write)
+        return self.store.commit(name, self.digests[name], 0, write)
 
     @cached_property
     def teacher(self) -> Teacher:
