@@ -5,9 +5,12 @@ import time
 from urllib.request import Request
 
 import pytest
+from support import bombs
 from support import server as web
+from test_fetch import picture, rules
 from test_policy import opener, why_not
 
+from pipeline.fetch import hosts, img2dataset_child
 from pipeline.fetch.hosts import BUDGET, EARNED, QUICK_FAILURE, Hosts
 from pipeline.fetch.policy import RETRYABLE, FetchError
 
@@ -155,3 +158,28 @@ def test_a_time_that_earlier_hops_used_up_is_not_held_against_a_later_host():
         ):
             shared.open(Request(hop.url("/")))
         assert shared.open(Request(good.url("/image"))).read() == b"image"
+
+
+def test_a_host_whose_images_take_seconds_to_decode_is_put_off_and_another_is_not(
+    tmp_path, monkeypatch
+):
+    """Each within every limit of an image: a thousand of them would have stopped a list for hours."""
+    monkeypatch.setattr(hosts, "SLOW_DECODING_S", 0.2)  # a fast machine takes no second
+    asked = rules(timeout_s=0.5, max_pixels=50_000_000, respect_robots=False)
+    opener, store = (
+        img2dataset_child._opener(asked, tmp_path),
+        img2dataset_child.CanonicalResizer(asked, tmp_path),
+    )
+    with web.serve(
+        {"/bomb.jpg": bombs.jpeg_of_scans(7000, 54), "/good.jpg": picture(9, 9)}
+    ) as server:
+        bomb, errors = server.url("/bomb.jpg"), [None]
+        early = opener.open(Request(bomb))
+        while not errors[-1] and len(errors) < 20:
+            _, body, error = img2dataset_child.fetch_row(opener, (0, bomb))
+            errors.append(error or store(body)[-1])
+        assert 1 < len(errors) < 15 and errors[-1].startswith("put_off: 127.0.0.1: ")
+        assert store(early)[-1] == errors[-1], "though it was fetched before"
+        other = server.url("/good.jpg", "localhost")
+        assert store(opener.open(Request(other)))[-1] is None
+    img2dataset_child._decoder(asked).close()

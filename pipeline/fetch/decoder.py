@@ -28,6 +28,7 @@ BASE_BYTES = 512 << 20  # of address space for the interpreter, the file and its
 _HEAD = struct.Struct(">B4IQ")  # outcome, four sizes, bytes that follow
 _JOB = struct.Struct(">Q")  # bytes that follow
 _LONGEST_REASON = 300
+_PIECE = 1 << 16  # bytes; larger buffers cost more to make than they save
 _OK, _NOT_AN_IMAGE, _TOO_LARGE, _UNDECODABLE = range(4)
 _STATUSES = {
     _NOT_AN_IMAGE: "not_an_image",
@@ -90,12 +91,12 @@ class Decoder:
         have, length = bytearray(), 0
         while len(have) < _HEAD.size + length:
             self.line.settimeout(max(deadline - time.monotonic(), 1e-3))
-            if not (piece := self.line.recv(1 << 18)):
+            if not (piece := self.line.recv(_PIECE)):
                 raise EOFError
             have += piece
             if len(have) >= _HEAD.size:
                 outcome, *sizes, length = _HEAD.unpack_from(have)
-        return outcome, sizes, bytes(have[_HEAD.size :])
+        return outcome, sizes, bytes(memoryview(have)[_HEAD.size :])
 
     def close(self) -> None:
         if self.child is not None:

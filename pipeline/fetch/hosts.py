@@ -1,7 +1,8 @@
 """Turns at hosts, and what each host may cost: one that is slow must not starve the others.
 
-A host spends seconds of our threads where it fails or is slow, and earns some back with every
-good answer. Once it has spent its budget, its remaining URLs are put off for a later run.
+A host spends seconds of our threads where it fails or is slow, or where its images are slow to
+decode, and earns some back with every good answer. Once it has spent its budget, its remaining URLs
+are put off for a later run.
 """
 
 import threading
@@ -15,6 +16,7 @@ BUDGET = 10.0  # time-outs
 QUICK_FAILURE = 0.25  # time-outs that a failure costs at least, however quick
 EARNED = 0.25  # time-outs that a good and quick answer earns back
 SLOW = 0.5  # time-outs from which a good answer counts as slow
+SLOW_DECODING_S = 1.0  # from which an image's decoding is its host's cost
 
 
 class Hosts:
@@ -33,7 +35,9 @@ class Hosts:
     def require_budget(self, host: str) -> None:
         """Raises FetchError `put_off` where the host has spent what it had."""
         if self.spent.get(host, 0.0) >= BUDGET * self.timeout_s:
-            cost = f"{self.lost[host]:.0f} s lost to its failures and slow answers in this run"
+            cost = (
+                f"{self.lost[host]:.0f} s lost to its failures, slow answers and images in this run"
+            )
             raise FetchError("put_off", f"{host}: {cost}", final=True)
 
     @contextmanager
@@ -47,6 +51,13 @@ class Hosts:
             raise
         finally:
             self._charge(host, time.monotonic() - start, failed)
+
+    def charge_decoding(self, host: str, seconds: float) -> None:
+        """What decoding an image of the host took: meanwhile nothing else is decoded."""
+        if seconds >= SLOW_DECODING_S:
+            with self.lock:
+                self.lost[host] = self.lost.get(host, 0.0) + seconds
+                self.spent[host] = self.spent.get(host, 0.0) + seconds
 
     def _charge(self, host: str, seconds: float, failed: bool) -> None:
         slow = seconds >= SLOW * self.timeout_s

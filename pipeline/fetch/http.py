@@ -96,8 +96,14 @@ class _Wire(io.RawIOBase):
         return io.BufferedReader(self)
 
 
+class Body(io.BytesIO):
+    """What was fetched, and the host that sent it, for what its decoding costs; None for a file."""
+
+    host: str | None = None
+
+
 class Opener:
-    """Fetches under the rules; `urllib.request.install_opener` takes it, for it has `open`.
+    """Fetches under the rules, where urllib's opener would fetch anything.
 
     Safe to share between threads. `beat` is called whenever a request begins.
     """
@@ -109,16 +115,11 @@ class Opener:
         self.locks: dict[str, threading.Lock] = {}  # by origin
         self.robots = RobotsCache()
 
-    def open(
-        self, request: Request, data: object = None, timeout: float | None = None
-    ) -> io.BytesIO:
-        """The body of an urllib Request's URL; its headers and time-out give way to the rules.
+    def open(self, request: Request) -> Body:
+        """The body of an urllib Request's URL, under our own headers. Raises FetchError."""
+        return self._with_retries(request.full_url)
 
-        Raises FetchError.
-        """
-        return io.BytesIO(self._with_retries(request.full_url))
-
-    def _with_retries(self, url: str) -> bytes:
+    def _with_retries(self, url: str) -> Body:
         """Tries again while that may help, no sooner than the server asks (`Retry-After`).
 
         A pause longer than a whole try may take is not waited for: a later run may try again.
@@ -132,12 +133,12 @@ class Opener:
                 time.sleep(max(error.pause_s, min(0.5 * 2**attempt, LONGEST_PAUSE_S)))
         return self._image(url)
 
-    def _image(self, url: str) -> bytes:
+    def _image(self, url: str) -> Body:
         if url[:5].lower() == "file:":
             self.beat()
-            return read_local(url, self.rules.root, self.rules.max_bytes)
+            return Body(read_local(url, self.rules.root, self.rules.max_bytes))
         clock = _Clock(self.rules.timeout_s)
-        with self._following(url, clock, self.rules.respect_robots) as response:
+        with self._following(url, clock, self.rules.respect_robots) as (response, host):
             names = self.rules.names
             if self.rules.respect_robots and (
                 tag := forbidden_by_tag(response.headers.get_all("X-Robots-Tag", []), names)
@@ -146,13 +147,15 @@ class Opener:
             limit = self.rules.max_bytes
             if (response.length or 0) > limit or len(body := _read(response, limit)) > limit:
                 raise FetchError("too_large", f"more than {limit} bytes")
-            return body
+        found = Body(body)
+        found.host = host
+        return found
 
     @contextmanager
     def _following(
         self, url: str, clock: _Clock, ask_robots: bool
-    ) -> Iterator[http.client.HTTPResponse]:
-        """The 2xx response at the end of the redirects."""
+    ) -> Iterator[tuple[http.client.HTTPResponse, str]]:
+        """The 2xx response at the end of the redirects, and its host."""
         from_public = False
         for _ in range(self.rules.max_redirects + 1):
             target = parse_url(url)
@@ -168,7 +171,7 @@ class Opener:
                         location = response.headers.get("Location")
                         if response.status not in _REDIRECTS or location is None:
                             _require_success(response)
-                            yield response
+                            yield response, target.host
                             return
             from_public |= any(is_public(ipaddress.ip_address(a[-1][0])) for a in addresses)
             url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
@@ -267,7 +270,10 @@ class Opener:
             began = time.monotonic()
             in_full = clock.deadline - began > self.rules.timeout_s / 2
             try:
-                with self._following(f"{origin}/robots.txt", clock, ask_robots=False) as response:
+                with self._following(f"{origin}/robots.txt", clock, ask_robots=False) as (
+                    response,
+                    _,
+                ):
                     body = _read(response, ROBOTS_BYTES)
                 known = robots_rules(body.decode("utf-8", "replace"), self.rules.names)
             except TooManyRules as error:

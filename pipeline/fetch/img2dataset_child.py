@@ -15,15 +15,15 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
+from urllib.request import Request
 
 from pipeline.fetch.decoder import Decoder
-from pipeline.fetch.http import Opener
+from pipeline.fetch.http import Body, Opener
 from pipeline.fetch.img2dataset import BEAT, REPORT_S, SIZE, SLOWEST
 from pipeline.fetch.journal import JournalWriter, tell_if_full
 from pipeline.fetch.policy import FetchError, FetchRules
@@ -93,8 +93,8 @@ class GuardedDownloader:
     def __call__(self, shard: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
         """(whether it worked, shard), as img2dataset's distributor expects it."""
         setattr(downloader, "exifread", CountBytes)  # noqa: B010 - no parser of untrusted bytes
-        opener = cast(urllib.request.OpenerDirector, _opener(self.rules, self.raw))
-        urllib.request.install_opener(opener)
+        fetch = functools.partial(fetch_row, _opener(self.rules, self.raw))
+        setattr(downloader, "download_image_with_retry", fetch)  # noqa: B010
         try:
             (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
             return self.downloader(shard)
@@ -103,6 +103,17 @@ class GuardedDownloader:
             raise
         finally:
             _tell_hosts(self.rules, self.raw)
+
+
+def fetch_row(
+    opener: Opener, row: tuple[int, str], **_: object
+) -> tuple[int, Body | None, str | None]:
+    """(key, body or None, error or None): img2dataset's own function asks urllib."""
+    key, url = row
+    try:
+        return key, opener.open(Request(url)), None
+    except Exception as error:  # also of what urllib takes for no URL
+        return key, None, str(error)
 
 
 @functools.cache
@@ -146,10 +157,16 @@ class CanonicalResizer:
     def __init__(self, rules: FetchRules, raw: Path) -> None:
         self.rules, self.raw = rules, raw
 
-    def __call__(self, stream: io.BytesIO, bboxes: object = None) -> tuple:
+    def __call__(self, body: Body, bboxes: object = None) -> tuple:
         """(jpg or None, width, height, original width, original height, error or None)."""
         (self.raw / BEAT).touch()
+        hosts, start = _opener(self.rules, self.raw).hosts, time.monotonic()
         try:
-            return *_decoder(self.rules).canonical_jpeg(stream.read()), None
+            if body.host:
+                hosts.require_budget(body.host)
+            return *_decoder(self.rules).canonical_jpeg(body.read()), None
         except FetchError as error:
             return None, None, None, None, None, str(error)
+        finally:
+            if body.host:
+                hosts.charge_decoding(body.host, time.monotonic() - start)
