@@ -131,14 +131,18 @@ def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
 ):
     how = SIGNALS[number % len(SIGNALS)]
     moment = random.Random(f"{SEED} {room} {number}").random() * bench.seconds[room]
-    data = bench.before(room, tmp_path / "data")
-    process = bench.start(room, data)
-    bench.at_work(room, data, process)
-    time.sleep(moment)
-    process.send_signal(how)
-    output, _ = process.communicate(timeout=60)
+    for tries in range(6):  # until it hits the stage at work: on a busy machine stages vary
+        data = bench.before(room, tmp_path / f"data-{tries}")
+        process = bench.start(room, data)
+        bench.at_work(room, data, process)
+        time.sleep(moment / 2**tries)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+        if process.returncode:
+            break
     counts["rounds of kill -9, Ctrl-C, SIGTERM"] += 1
-    counts["of which in time"] += process.returncode != 0
+    counts["of which hit a running stage"] += process.returncode != 0
+    assert process.returncode != 0
     assert "error:" not in output
     if (data / room).exists():  # whole or absent
         assert digests(data / room) == digests(bench.reference / room)
