@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from student_speed import PUBLISHED, bare_products
+from published import PUBLISHED, bare_products
 from worlds import full_size_card, photos, write_data
 
 from pipeline.core.config import load_section

@@ -13,11 +13,13 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import simplejpeg
+from by_turns import by_turns
 from worlds import AREA, RATIO, photos, write_data
 
 import pipeline.models.open_clip  # noqa: F401  # before torchvision, which it makes importable
@@ -107,26 +109,22 @@ def main() -> None:
                     yield 1
 
         runs = (threads, processes, webdataset_tars, huggingface, bare_decoding)
-        rates: dict = {run.__name__: [] for run in runs}
-        own: dict = {run.__name__: [] for run in runs}
-        for _ in range(args.rounds):
-            for run in runs:
-                rate, cost = measured(run())
-                rates[run.__name__].append(rate)
-                own[run.__name__].append(cost)
+        measures = {run.__name__: partial(measured, run) for run in runs}
+        found = by_turns(measures, args.rounds)
     print(f"{len(jpgs)} images, {args.workers} workers, batch {BATCH}, {SIZE} px, after start-up")
-    median = {name: statistics.median(found) for name, found in rates.items()}
+    median = {name: statistics.median(rate for rate, _ in of) for name, of in found.items()}
     best = max(median["threads"], median["processes"])
     for name, rate in median.items():
-        cost = statistics.median(own[name])
+        cost = statistics.median(own for _, own in found[name])
         print(
             f"| {name} | {rate:.0f} images/s | ours / this: {best / rate:.2f} | "
             f"main process: {cost:.0f} us an image |"
         )
 
 
-def measured(counts: Iterator[int]) -> tuple[float, float]:
+def measured(run: Callable[[], Iterator[int]]) -> tuple[float, float]:
     """images/s and this process's own microseconds an image, from the fourth batch to the last."""
+    counts = run()
     for _ in range(4):
         next(counts)
     began, own = time.perf_counter(), time.process_time()

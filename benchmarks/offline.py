@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from by_turns import median_ratio, seconds_by_turns
 from held_out import held_out_figures
-from student_speed import PUBLISHED
+from published import PUBLISHED
 from worlds import full_size_card, photos, write_data
 
 from pipeline import Student
@@ -173,24 +174,15 @@ def print_prices(args, data: Path) -> None:
             "student": lambda: [step(trainer, batch) for _ in range(args.steps)],  # noqa: B023
             "teacher": lambda: [teacher.embed_images(ready) for _ in range(args.steps)],  # noqa: B023
         }
-        seconds = {name: [] for name in ways}
-        for round_ in range(args.rounds + 1):  # the first warms up
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                if round_:
-                    seconds[name].append((time.perf_counter() - began) / args.steps)
-        ratio, bound = (
-            statistics.median(map(of, *seconds.values()))
-            for of in (
-                lambda offline, online, student, teacher: online / offline,
-                lambda offline, online, student, teacher: (teacher + student) / student,
-            )
+        seconds = seconds_by_turns(ways, args.rounds, warm_up=True)
+        ratio = median_ratio(seconds["online"], seconds["offline"])
+        both = map(sum, zip(seconds["teacher"], seconds["student"], strict=True))
+        bound = median_ratio(both, seconds["student"])
+        offline, online = (
+            statistics.median(seconds[name]) / args.steps for name in ("offline", "online")
         )
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
         print(
-            f"| {precision} | {medians['offline']:.2f} | {medians['online']:.2f} "
-            f"| **{ratio:.2f}** | {bound:.2f} |",
+            f"| {precision} | {offline:.2f} | {online:.2f} | **{ratio:.2f}** | {bound:.2f} |",
             flush=True,
         )
 

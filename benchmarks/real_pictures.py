@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from real_vectors import BATCH, build, params_file, train_and_measure
+from flickr8k import BATCH, build, params_file, train_and_measure
 
 SEARCHES = ["a dog", "a bicycle", "a ball"]
 LOOKS = ["a dog", "a person", "a ball"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from by_turns import median_ratio, seconds_by_turns
 from PIL import Image
 
 from pipeline.data import shards
@@ -57,12 +58,6 @@ def _write(path: Path, schema: pa.Schema, columns: dict) -> None:
     shards.write_shard(path, schema, shards.in_groups(table), {})
 
 
-def seconds(call) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("images", 100_000), ("size", 512), ("k", 10), ("rounds", 31)):
@@ -82,14 +77,11 @@ def main() -> None:
             ],
             "whole search": lambda: found.search(query, asked.k),
         }
-        times = {name: [] for name in contestants}
-        for _ in range(asked.rounds):
-            for name, call in contestants.items():
-                times[name].append(seconds(call))
+        times = seconds_by_turns(contestants, asked.rounds)
     reference = times.pop("bare products")
     print(f"bare products: {1000 * statistics.median(reference):.1f} ms")
     for name, taken in times.items():
-        ratio = statistics.median(t / r for t, r in zip(taken, reference, strict=True))
+        ratio = median_ratio(taken, reference)
         milliseconds = 1000 * statistics.median(taken), 1000 * max(taken)
         print(
             f"{name}: {ratio:.2f} times the bare products, {milliseconds[0]:.0f} ms "

@@ -12,21 +12,16 @@ outputs are compared first. The bound is the time of the bare matrix products of
 
 import argparse
 import statistics
-import time
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
+from by_turns import median_ratio, seconds_by_turns
+from published import PUBLISHED, bare_products
 from torch import Tensor, nn
 
-from pipeline.core.config import StudentConfig
 from pipeline.models.student import MAX_SCALE, Student
 from pipeline.training.losses import published_loss
-
-PUBLISHED = StudentConfig(
-    image_size=224, patch_size=28, embedding_size=512, heads=16, layers=6,
-    neighbourhood_mask=True, same_norm=True, pool="extra-head", temperature=1.0,
-)  # fmt: skip
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -112,43 +107,6 @@ def inference(model: nn.Module, pixels: Tensor, dtype: torch.dtype):
     return step
 
 
-def bare_products(batch: int, config: StudentConfig, dtype: torch.dtype, device: str, train: bool):
-    """The step's linear layers and nothing else: x W, and in training also g W^T and x^T g."""
-    width, rows = config.embedding_size + config.heads, batch * config.grid**2
-    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
-    shapes = [(3 * config.patch_size**2, width)] + shapes * config.layers
-    tensors = {
-        shape: [torch.randn(*size, device=device).to(dtype)
-                for size in ((rows, shape[0]), (shape[0], shape[1]), (rows, shape[1]))]
-        for shape in set(shapes)
-    }  # fmt: skip
-
-    def step():
-        for index, shape in enumerate(shapes):
-            x, weight, gradient = tensors[shape]
-            x @ weight
-            if train:
-                x.t() @ gradient
-                if index:  # no gradient for pixels
-                    gradient @ weight.t()
-
-    return step
-
-
-def median_times(steps: dict, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds per call, for each contestant one per round, taken in turns."""
-    times = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
@@ -186,10 +144,10 @@ def main() -> None:
 
 
 def report(title: str, steps: dict, args: argparse.Namespace) -> None:
-    times = median_times(steps, args.rounds, args.device)
+    times = seconds_by_turns(steps, args.rounds, warm_up=True, device=args.device)
 
     def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times["student"], strict=True))
+        return median_ratio(times[name], times["student"])
 
     rate = args.batch / statistics.median(times["student"])
     print(

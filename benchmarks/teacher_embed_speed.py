@@ -11,11 +11,11 @@ import argparse
 import io
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from by_turns import seconds_by_turns
 from PIL import Image
 from worlds import FULL_SIZE, full_size_card, photos, write_images
 
@@ -56,38 +56,31 @@ def main() -> None:
         )
         transform = open_clip.create_model_and_transforms(FULL_SIZE, load_weights=False)[2]
 
-        def bare() -> int:
+        some = jpgs[: max(BATCH, len(jpgs) // 4) // BATCH * BATCH]
+
+        def bare() -> None:
             pixels = teacher.normalised(ready)
             for _ in range(args.images // BATCH):
                 with torch.inference_mode():
                     teacher.model.encode_image(pixels)
-            return args.images // BATCH * BATCH
 
-        def stage() -> int:
+        def stage() -> None:
             tables = view_tables(teacher, shard, config, {}, args.workers, lambda _: None)
             schema = shards.teacher_schema(teacher.embedding_size)
             shards.write_shard(folder / "out.parquet", schema, tables, {})
-            return len(jpgs)
 
-        def reference() -> int:
-            some = jpgs[: max(BATCH, len(jpgs) // 4) // BATCH * BATCH]
+        def reference() -> None:
             for start in range(0, len(some), BATCH):
                 images = [Image.open(io.BytesIO(j)) for j in some[start : start + BATCH]]
                 pixels = torch.stack([transform(image) for image in images]).to(device)
                 with torch.inference_mode():
                     torch.nn.functional.normalize(exact.model.encode_image(pixels), dim=-1).cpu()
-            return len(some)
 
-        rates: dict = {bare: [], stage: [], reference: []}
+        counts = {"bare": args.images // BATCH * BATCH, "stage": len(jpgs), "reference": len(some)}
+        calls = {"bare": bare, "stage": stage, "reference": reference}
         bare()
-        for _ in range(args.rounds):
-            for run, found in rates.items():
-                began = time.perf_counter()
-                count = run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                found.append(count / (time.perf_counter() - began))
-    median = {run.__name__: statistics.median(found) for run, found in rates.items()}
+        times = seconds_by_turns(calls, args.rounds, device=device.type)
+    median = {name: counts[name] / statistics.median(found) for name, found in times.items()}
     print(
         f"{len(jpgs)} images, batch {BATCH}, {device}, {dtype}, {torch.get_num_threads()} threads"
     )

@@ -158,3 +158,15 @@ def test_every_preset_is_valid(preset):
 
     for section in SECTIONS:
         load_section(ROOT / f"pipeline/core/presets/{preset}.yaml", section)
+
+
+def test_no_benchmark_imports_another():
+    """What several of them share stands in modules that are no programs."""
+    texts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    programs = {name for name, text in texts.items() if '__name__ == "__main__"' in text}
+    assert programs and programs != texts.keys()
+    for name, text in texts.items():
+        nodes = list(ast.walk(ast.parse(text)))
+        named = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+        named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not programs & named, name
