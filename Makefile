@@ -19,8 +19,8 @@ demo: $(BIN)/installed ## everything, on a small world that is drawn here, in fl
 	@echo '  .venv/bin/pipeline look manifests/demo/world/images/01839.jpg "a blue ring" "a green triangle"'
 	@echo '  .venv/bin/pipeline export model'
 
-test: $(BIN)/installed ## offline, on the CPU
-	pytest
+test: $(BIN)/installed ## offline, on the CPU: a process a core, each of one thread
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: $(BIN)/installed ## full-size models and the whole pipeline: tens of minutes
 	pytest -m slow
