@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards
+from pipeline.fetch import containers
 from pipeline.fetch.manifest import write_lists
 from pipeline.fetch.policy import FetchError, read_local
 from stages.download import download
@@ -168,6 +170,41 @@ def test_a_url_that_leads_inside_a_file_is_confined_and_bounded(url, status, tmp
     with pytest.raises(FetchError) as caught:
         read_local(url, root, LIMIT)
     assert caught.value.status == status
+
+
+def test_an_image_that_a_parquet_file_holds_once_for_many_rows_is_read_once(tmp_path):
+    """764 bytes with 20 GB of images in them: each worker would have taken all."""
+    big = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), pa.array([b"\0" * 10_000_000]))
+    paths = pa.array(["x.jpg"] * 2000)
+    for name, column in {
+        "image": pa.StructArray.from_arrays([big, paths], ["bytes", "path"]), "jpg": big,
+    }.items():  # fmt: skip
+        file = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({name: column}), file, store_schema=False, compression="zstd")
+        assert file.stat().st_size < 2000
+        output, errors = worlds.run_code(READ_LAST, file, name).communicate(timeout=120)
+        assert output.split() == ["10000000"], errors
+
+
+READ_LAST = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from pathlib import Path
+from pipeline.fetch.policy import read_local
+file = Path(sys.argv[1])
+print(len(read_local(f"file:{file.name}!/{sys.argv[2]}@1999", file.parent, 20_000_000)))
+"""
+
+
+def test_a_row_group_of_more_images_than_are_read_at_once_is_refused(tmp_path, monkeypatch):
+    hugging_face(tmp_path / "hf")
+    (file,) = (tmp_path / "hf").iterdir()
+    url = f"file:hf/{file.name}!/image@0"
+    assert read_local(url, tmp_path, LIMIT) == PHOTOS[0]
+    monkeypatch.setattr(containers, "MOST_OF_A_GROUP", 2 * len(PHOTOS[0]) - 1)
+    os.utime(file, (1, 1))  # another file, as far as what is kept of it goes
+    with pytest.raises(FetchError, match=r"unreachable: .*a row group of"):
+        read_local(url, tmp_path, LIMIT)
 
 
 def test_damaged_or_differing_parquet_with_images_is_named(tmp_path):

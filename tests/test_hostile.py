@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -170,6 +171,48 @@ def test_a_manifest_that_announces_more_rows_than_it_has_is_refused(tmp_path):
             else:
                 assert sum(pq.read_metadata(p).num_rows for p in lists) <= 8191
     assert refused
+
+
+def repeated(value: str, rows: int) -> pa.Array:
+    """One value in so many rows, of which a Parquet file holds one."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
+
+
+SWOLLEN = {  # Parquet of some kilobytes -> bytes of text in it
+    "a million equal urls": {"url": repeated("http://example.org/a.jpg", 1_000_000)},
+    "400 captions of 750 kB": {
+        "url": pa.array([f"file:{i}" for i in range(400)]),
+        "caption": repeated("a b " * 187_500, 400),
+    },
+    "3,000 urls of 1 MB": {"url": repeated("http://example.org/" + "x" * 1_000_000, 3000)},
+}
+READ_LISTS = """
+import resource, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from pipeline.core.errors import PipelineError
+from pipeline.fetch.manifest import write_lists
+folder = Path(sys.argv[1])
+try:
+    lists = write_lists(folder / "m.parquet", folder, 1_000_000, folder / "lists", say=lambda _: 0)
+    found = sum(pq.read_metadata(path).num_rows for path in lists)
+except PipelineError as error:
+    found = str(error)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(sum(path.stat().st_size for path in folder.rglob("*")) >> 20, peak, found, sep="|")
+"""
+
+
+@pytest.mark.parametrize("name", SWOLLEN)
+def test_a_swollen_manifest_is_read_or_refused_in_bounded_memory_and_disk(tmp_path, name):
+    """A million equal urls took 1.7 GB; captions ended in a traceback, after 0.5 GB of disk."""
+    columns = pa.table(SWOLLEN[name])
+    pq.write_table(columns, tmp_path / "m.parquet", store_schema=False, compression="zstd")
+    assert (tmp_path / "m.parquet").stat().st_size < 10_000
+    output, errors = worlds.run_code(READ_LISTS, tmp_path).communicate(timeout=300)
+    disk, peak, found = output.strip().split("|")
+    assert int(disk) < 150 and int(peak) < 1600, "MB"
+    assert found == str(len(columns)) or "texts that need more than 2GB" in found, errors
 
 
 # Weights

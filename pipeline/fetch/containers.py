@@ -30,6 +30,9 @@ _INSIDE = re.compile(
     r"(?P<file>.+\.(?:tar|parquet))!/(?P<name>.*)@(?P<at>\d+)(?:\+(?P<size>\d+))?", re.S
 )
 _GROUPS = 4  # row groups of images that a process keeps
+MOST_OF_A_GROUP = (
+    1 << 30
+)  # bytes of images in a row group, unpacked; a value that repeats counts once
 
 
 def list_contained(manifest: Path, root: Path, out: Path) -> Path:
@@ -271,11 +274,27 @@ class _RowGroups:
     def _group(self, file: pq.ParquetFile, path: Path, column: str, group: int) -> pa.ChunkedArray:
         key = path, path.stat().st_mtime_ns, column, group
         if key not in self._held:
-            self._held[key] = file.read_row_group(group, columns=[column])[column]
+            self._held[key] = _read_group(file, path, column, group)
             if len(self._held) > _GROUPS:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
         return self._held[key]
+
+
+def _read_group(file: pq.ParquetFile, path: Path, column: str, group: int) -> pa.ChunkedArray:
+    """A column of a row group. Values that repeat are kept once: 764 bytes can hold 20 GB of them.
+
+    Raises ValueError for more than MOST_OF_A_GROUP.
+    """
+    metadata = file.metadata.row_group(group)
+    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if size > MOST_OF_A_GROUP:
+        raise ValueError(f"a row group of {size} bytes; {MOST_OF_A_GROUP} are read at once")
+    leaves = [chunk.path_in_schema for chunk in chunks]
+    with pq.ParquetFile(path, metadata=file.metadata, read_dictionary=leaves) as folded:
+        return folded.read_row_group(group, columns=[column])[column]
 
 
 _groups = _RowGroups()

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = ["image_id", "list_digest", "write_lists"]
 
 VERSION = 2  # raise it when ids, buckets or the reading of a manifest change
 MOST = 1_000  # captions, and boxes, of one image
+LONGEST_TEXT = 20_000  # characters of a caption, label or licence
 MEMORY = "2GB"  # of DuckDB, which spills to the folder
 BOXES = 'STRUCT("text" VARCHAR, x0 FLOAT, y0 FLOAT, x1 FLOAT, y1 FLOAT)[]'
 Say = Callable[[str], object]
@@ -68,12 +70,12 @@ def write_lists(
     each, what a reader of the manifest may not expect. Memory stays flat: DuckDB spills to folder.
 
     Raises PipelineError: no manifest, an unknown format, no or two url columns, no rows, a column
-    of another type, a box without text or area.
+    of another type, a box without text or area, texts that need more than MEMORY.
     """
     forgotten = forgotten or Forgotten()
     shutil.rmtree(folder, ignore_errors=True)  # a killed run leaves a database and its log
     folder.mkdir(parents=True)
-    with duckdb.connect(str(folder / "rows.duckdb")) as connection:
+    with _within_memory(manifest), duckdb.connect(str(folder / "rows.duckdb")) as connection:
         connection.execute(f"SET memory_limit = '{MEMORY}'; SET enable_progress_bar = false")
         connection.create_function(  # ty: ignore[no-matching-overload]
             "content",
@@ -99,6 +101,18 @@ def write_lists(
         return [_write_list(connection, bucket, folder) for bucket in range(buckets)]
 
 
+@contextmanager
+def _within_memory(manifest: Path) -> Iterator[None]:
+    """A few kilobytes of Parquet can hold gigabytes of text: the same one in every row."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException:
+        raise PipelineError(
+            f"{manifest} holds texts that need more than {MEMORY} of memory at once. Shorten them: "
+            f"of a caption {LONGEST_TEXT:,} characters are kept."
+        ) from None
+
+
 def _read(
     connection: duckdb.DuckDBPyConnection, manifest: Path, columns: dict, repaired: Path
 ) -> list[str]:
@@ -112,6 +126,8 @@ def _read(
                 raise
             source = open_manifest(connection, manifest, columns, repaired)
             _take(connection, manifest, source)
+    except duckdb.OutOfMemoryException:
+        raise
     except duckdb.Error as error:
         raise unreadable(manifest, error) from None
     ((rows,),) = connection.execute("SELECT count(*) FROM written").fetchall()
@@ -151,16 +167,17 @@ def _take(connection: duckdb.DuckDBPyConnection, manifest: Path, source: Source)
     if bad:
         url = f"replace({url}, '{bad}', chr(65533))"
     cells |= {"url": url, "captions": captions, "boxes": boxes, "source": source.sql}
+    cells["longest"] = LONGEST_TEXT
     cells["damaged"] = f"contains(c, '{bad}')" if bad else "false"
     for sql in (_WRITTEN, _URLS):
         connection.execute(sql.format(**cells))
 
 
 def _text_cell(name: str | None, bad: str | None) -> str:
-    """A cell as text, null where it is blank or damaged."""
+    """A cell as text of bounded length, null where it is blank or damaged."""
     if name is None:
         return "CAST(NULL AS VARCHAR)"
-    cell = f"nullif(CAST({name} AS VARCHAR), '')"
+    cell = f"nullif(left(CAST({name} AS VARCHAR), {LONGEST_TEXT}), '')"
     return f"CASE WHEN NOT contains({cell}, '{bad}') THEN {cell} END" if bad else cell
 
 
@@ -168,8 +185,11 @@ def _text_cell(name: str | None, bad: str | None) -> str:
 _WRITTEN = """
 CREATE OR REPLACE TABLE written AS
 SELECT row_number() OVER () AS position, substr(sha256(the_url), 1, 32) AS image_id,
-       list_filter(texts, lambda c: coalesce(trim(c) <> '' AND NOT {damaged}, false)) AS captions,
+       list_transform(
+           list_filter(texts, lambda c: coalesce(trim(c) <> '' AND NOT {damaged}, false)),
+           lambda c: left(c, {longest})) AS captions,
        len(list_filter(texts, lambda c: coalesce({damaged}, false))) AS damaged,
+       len(list_filter(texts, lambda c: coalesce(length(c) > {longest}, false))) AS long,
        the_label AS label, the_license AS license, the_boxes AS boxes,
        nullif(trim(the_mask), '') AS mask, nullif(lower(trim(the_sha256)), '') AS sha256_expected
 FROM (SELECT coalesce({url}, '') AS the_url, coalesce({captions}, []) AS texts,
@@ -293,6 +313,8 @@ def _notes(connection: duckdb.DuckDBPyConnection, forgotten: Forgotten) -> list[
 
     if damaged := count("SELECT sum(damaged) FROM written"):
         notes.append(f"{damaged} captions are not UTF-8 and left out; their images are kept.")
+    if long := count("SELECT sum(long) FROM written"):
+        notes.append(f"{long} captions are cut to their first {LONGEST_TEXT:,} characters.")
     if repeated := count(
         f"SELECT count(*) FROM keys WHERE occurrence > 0 AND image_id <> '{_NO_URL}'"
     ):
