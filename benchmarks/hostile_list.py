@@ -7,6 +7,7 @@ Shows: that the hostile list ends by itself with every good image, and in what t
 
 import asyncio
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -161,9 +162,11 @@ def measure(urls: int, hostile: bool) -> tuple[float, Counter, Counter]:
 
 def main(urls: int) -> None:
     clean, good, _ = measure(urls, hostile=False)
-    print(f"clean:   {clean:.1f} s, {dict(good)}", flush=True)
+    print(f"clean:   {clean:.1f} s, {dict(good)}, load {os.getloadavg()[1]:.1f}", flush=True)
     attacked, good, bad = measure(urls, hostile=True)
-    print(f"hostile: {attacked:.1f} s, good {dict(good)}, hostile {dict(bad)}")
+    print(
+        f"hostile: {attacked:.1f} s, good {dict(good)}, hostile {dict(bad)}, load {os.getloadavg()[1]:.1f}"
+    )
     print(f"ratio:   {attacked / clean:.2f}")
     assert set(good) == {"ok"} and good["ok"] == urls - urls // 100, "a good image was lost"
 
