@@ -99,8 +99,8 @@ def run(args, values: dict) -> list[float]:
     """The figures of one student, its parameters and the images/s of its training."""
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data"
-        for room in ("images", "teacher", "selection"):
-            shutil.copytree(args.data / room, data / room)
+        for stage_folder in ("images", "teacher", "selection"):
+            shutil.copytree(args.data / stage_folder, data / stage_folder)
         distill(DistillConfig.model_validate(values), data)
         figures = evaluate(load_section(args.params, "evaluate"), data)
         student = Student.load(data / "student")

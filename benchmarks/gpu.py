@@ -305,7 +305,7 @@ def stage_one(args, folder: Path, jpgs, device) -> Iterator[Row]:
 def in_one_process(args, card: Path, paths: list[Path], device) -> Iterator[Row]:
     teacher = Teacher(card, device)
     ready = np.random.default_rng(0).integers(0, 256, (512, 224, 224, 3), np.uint8)
-    teacher = teacher.lowered(torch.bfloat16)
+    teacher = teacher.cast(torch.bfloat16)
     bare = torch.inference_mode()(partial(teacher.model.encode_image, teacher.normalised(ready)))
     yield "teacher ViT-B/32, bare forward pass", rate_of(bare, len(ready), device), "batch 512"
     embed(teacher, paths[0], 2)  # warms up
@@ -337,7 +337,7 @@ def in_parts(args, card: Path, paths: list[Path]) -> Iterator[Row]:
 
 def one_part(card: Path, path: Path, device: str, threads: int, start, done) -> None:
     teacher = Teacher(card, torch.device(device))
-    teacher = teacher.lowered(torch.bfloat16)
+    teacher = teacher.cast(torch.bfloat16)
     teacher.embed_images(np.zeros((512, 224, 224, 3), np.uint8))
     start.wait(120)
     count = 0

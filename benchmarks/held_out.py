@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from pipeline import Student
-from pipeline.data.embeddings import split_vectors, text_vectors, training_mean
+from pipeline.data.embeddings import load_text_embeddings, split_vectors, training_mean
 from pipeline.evaluation.metrics import fidelity
 from pipeline.evaluation.retrieval import hits_at, ranks_of_own
 from pipeline.training.batches import held_out_batches
 from pipeline.training.dataset import Dataset
 
 
-def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[str, float]:
+def held_out_metrics(student: Student, data: Path, split: str = "test") -> dict[str, float]:
     """cosine, its floor, centred cosine, student-teacher R@1 and, with captions, text-image R@1."""
     ids, teacher = split_vectors(data, split)
     place = {key: i for i, key in enumerate(ids)}
@@ -28,7 +28,7 @@ def held_out_figures(student: Student, data: Path, split: str = "test") -> dict[
     figures["centred cosine"] = close["centred_cosine"].value
     own = np.arange(len(ids))
     figures["student-teacher R@1"] = float(hits_at(1, ranks_of_own(found, teacher, own)).mean())
-    _, owners, texts = text_vectors(data, "image_id IS NOT NULL", [])
+    _, owners, texts = load_text_embeddings(data, "image_id IS NOT NULL", [])
     mine = [i for i, key in enumerate(owners) if key in place]
     if mine:
         right = np.array([place[owners[i]] for i in mine])

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from by_turns import median_ratio, seconds_by_turns
-from held_out import held_out_figures
+from held_out import held_out_metrics
 from published import PUBLISHED
 from worlds import full_size_card, photos, write_data
 
@@ -104,7 +104,7 @@ def print_quality(args, data: Path) -> None:
         config, found = base.model_copy(update=changes), []
         for seed in range(args.seeds):
             trained = train(config.model_copy(update={"seed": seed}), data, rows(), targets)
-            found.append(held_out_figures(trained, data))
+            found.append(held_out_metrics(trained, data))
         means = [statistics.mean(figures[column] for figures in found) for column in COLUMNS]
         size = sum(path.stat().st_size for path in (data / "teacher/images").glob("*.parquet"))
         disk = "-" if targets else f"{size / 2**20:.1f} MB"
@@ -161,7 +161,7 @@ def print_prices(args, data: Path) -> None:
     for precision in ("float32", "bfloat16"):
         teacher = Teacher(card, CPU)
         ready = np.random.default_rng(0).integers(0, 256, (args.batch, 224, 224, 3), np.uint8)
-        teacher = teacher.lowered(getattr(torch, precision))
+        teacher = teacher.cast(getattr(torch, precision))
         dataset = Dataset(data, "train", PUBLISHED.image_size, "bicubic")
         order = Sampler(dataset, 0, args.batch, config.shuffle_row_groups)
         chosen = config.model_copy(update={"precision": precision})

@@ -8,7 +8,7 @@ Cost:  one pass over the held-out split a size. Nothing is trained: positions ar
 import argparse
 from pathlib import Path
 
-from held_out import held_out_figures
+from held_out import held_out_metrics
 
 from pipeline import Student
 
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[48, 56, 64, 72, 80, 96, 128])
     args = parser.parse_args()
     trained = Student.load(args.student or args.data / "student")
-    own = held_out_figures(trained, args.data, args.split)["text-image R@1"]
+    own = held_out_metrics(trained, args.data, args.split)["text-image R@1"]
     print(f"| image size | grid | {' | '.join(COLUMNS)} | share kept |")
     print("| --- " * (len(COLUMNS) + 3) + "|")
     for size in args.sizes:
         student = trained.resized(size)
-        figures = held_out_figures(student, args.data, args.split)
+        figures = held_out_metrics(student, args.data, args.split)
         name = f"{size} px" + (" (trained)" if size == trained.config.image_size else "")
         cells = " | ".join(f"{figures[column]:.3f}" for column in COLUMNS)
         kept = figures["text-image R@1"] / own

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
-from pipeline.data.embeddings import split_vectors, text_vectors
+from pipeline.data.embeddings import load_text_embeddings, split_vectors
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.evaluation import segmentation as seg
@@ -147,7 +147,7 @@ def kinds_of(draw) -> list[Kind]:
 
 
 def prompt_vectors(data: Path, wanted: list[str]) -> Tensor:
-    texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
+    texts, _, vectors = load_text_embeddings(data, "image_id IS NULL", [])
     rows = dict(zip(texts, vectors, strict=True))
     return torch.from_numpy(np.stack([rows[text] for text in wanted]))
 
@@ -164,7 +164,7 @@ def read_split(args, name: str, draw) -> Split:
         pixels[size] = pixels[size].to(args.device)
     masks = [] if name == "train" else [mask_of(draw, images[key], rows[key][1]) for key in ids]
     row_of = {key: i for i, key in enumerate(ids)}
-    _, owners, vectors = text_vectors(args.data, "image_id IS NOT NULL", [])
+    _, owners, vectors = load_text_embeddings(args.data, "image_id IS NOT NULL", [])
     mine = [i for i, key in enumerate(owners) if key in row_of]
     own = np.array([row_of[owners[i]] for i in mine])
     return Split(torch.from_numpy(teacher).to(args.device), pixels, masks, vectors[mine], own)
@@ -202,14 +202,14 @@ def train(args, variant: Variant, seed: int, split: Split) -> Student:
         return min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * over))
 
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
-    lowered = DEMO["precision"] == "bfloat16" and args.device == "cuda"
+    cast = DEMO["precision"] == "bfloat16" and args.device == "cuda"
     mean, rng, order = split.teacher.mean(dim=0), np.random.default_rng(seed), np.zeros(0, int)
     for _ in range(steps):
         while len(order) < BATCH:
             order = np.concatenate([order, rng.permutation(len(split.teacher))])
         rows, order = torch.from_numpy(order[:BATCH]).to(args.device), order[BATCH:]
         pixels = split.pixels[int(rng.choice(variant.sizes))][rows]
-        with torch.autocast(args.device, torch.bfloat16, enabled=lowered):
+        with torch.autocast(args.device, torch.bfloat16, enabled=cast):
             embedding = sized.embeddings_for_loss(student.normalise(pixels))[0]
         target = split.teacher[rows]
         loss = published_loss(embedding, target)

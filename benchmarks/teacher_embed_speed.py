@@ -49,7 +49,7 @@ def main() -> None:
         exact, teacher = (Teacher(card, device) for _ in range(2))
         ready = np.random.default_rng(0).integers(0, 256, (BATCH, 224, 224, 3), np.uint8)
         dtype = fast_dtype(device)
-        teacher = teacher.lowered(dtype)
+        teacher = teacher.cast(dtype)
         preset = Path(__file__).parents[1] / "pipeline/core/presets/clip-vit-b32.yaml"
         config = load_section(preset, "teacher_embed").model_copy(
             update={"views": 1, "batch": BATCH}

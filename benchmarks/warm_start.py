@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from held_out import held_out_figures
+from held_out import held_out_metrics
 
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
@@ -59,7 +59,7 @@ def main() -> None:
         quarter = {"steps": base.steps // 4, "warmup": base.warmup // 4}
         print(f"| student | {' | '.join(COLUMNS)} |\n| --- " + "| --- " * len(COLUMNS) + "|")
         as_it_is = warm_student(start, base.student, Preprocessing())
-        line("the start at 64 px, untrained", [held_out_figures(as_it_is.eval(), own, args.split)])
+        line("the start at 64 px, untrained", [held_out_metrics(as_it_is.eval(), own, args.split)])
         starts = {"cold": cold, "cold, from the mean embedding": from_the_mean}
         starts["warm"] = lambda config, mean: warm_student(start, config.student, Preprocessing())
         for name, first in starts.items():
@@ -67,7 +67,7 @@ def main() -> None:
             for seed in range(args.seeds):
                 config = base.model_copy(update=quarter | {"seed": seed})
                 student = trained(config, own, device, first)
-                found.append(held_out_figures(student, own, args.split))
+                found.append(held_out_metrics(student, own, args.split))
             line(f"{name}, a quarter of scenes and steps, {args.seeds} seeds", found)
 
 

@@ -199,8 +199,8 @@ def distill(
     from stages.distill import distill as run
 
     config = load_section(params, "distill")
-    figures = run(config, data, device=device, workers=workers, resume=resume)
-    shown = {k: round(figures[k], 4) for k in ("steps", "loss", "val_cosine", "val_floor")}
+    metrics = run(config, data, device=device, workers=workers, resume=resume)
+    shown = {k: round(metrics[k], 4) for k in ("steps", "loss", "val_cosine", "val_floor")}
     _report("distill", shown, data / "student")
 
 
@@ -432,9 +432,11 @@ def _of_teacher(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _report(stage: str, counts: dict, out: Path) -> None:
-    found = ", ".join(f"{count} {name}" if isinstance(count, int) else f"{name} {count}"
-                      for name, count in counts.items())  # fmt: skip
-    say(f"{stage}: {found} in {out}")
+    counted = [
+        f"{value} {name}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in counts.items()
+    ]
+    say(f"{stage}: {', '.join(counted)} in {out}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,9 @@ def _refuse_another_run(work: Work) -> None:
                 f"the run that could be resumed was begun with other values: {'; '.join(changed)}. "
                 "Put them back to go on with it, or leave out --resume to start from step 0."
             )
-    raise PipelineError(f"{work.room} holds no run to resume. Leave out --resume to start one.")
+    raise PipelineError(
+        f"{work.stage_folder} holds no run to resume. Leave out --resume to start one."
+    )
 
 
 def _differences(then: dict, now: dict, prefix: str = "") -> list[str]:

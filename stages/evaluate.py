@@ -1,4 +1,4 @@
-"""data/student + stored teacher vectors -> data/evaluation: figures, index, plots, report.
+"""data/student + stored teacher vectors -> data/evaluation: metrics, index, plots, report.
 
 Run:   pipeline evaluate
 Cost:  the student's forward pass over all kept images, once; the teacher's weights are not needed
@@ -35,16 +35,16 @@ from pipeline.data.embeddings import split_vectors, training_mean
 from pipeline.data.runs import append_run
 from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
-from pipeline.evaluation.box_search import box_search_figures
-from pipeline.evaluation.grounding import pointing_figures
+from pipeline.evaluation.box_search import box_search_metrics
+from pipeline.evaluation.grounding import pointing_metrics
 from pipeline.evaluation.retrieval import (
     DEPTHS,
     image_retrieval,
     near_training_images,
     text_retrieval,
 )
-from pipeline.evaluation.segmented_split import has_masks, segmentation_figures
-from pipeline.evaluation.zero_shot import zero_shot_figures
+from pipeline.evaluation.segmented_split import has_masks, segmentation_metrics
+from pipeline.evaluation.zero_shot import zero_shot_metrics
 from pipeline.explore.query_vectors import Queries
 from pipeline.explore.report import NAME as REPORT
 from pipeline.explore.report import write_report
@@ -168,7 +168,7 @@ def _measured(
             f"none of the {len(lost)} images of the split {config.split} decodes: data/images is "
             "damaged. Delete it and run `pipeline download`."
         )
-    found = np.stack([index[key] for key in ids])
+    embeddings = np.stack([index[key] for key in ids])
     templates = work.recipe.parameters["templates"]
     checkpoint = read_card(data / "student").provenance.get("checkpoint")
     return Evaluation(
@@ -177,12 +177,12 @@ def _measured(
         images=len(ids),
         undecodable=len(lost),
         near_training=near_training_images(data, teacher),
-        fidelity=metrics.fidelity(found, teacher, training_mean(data)),
-        student_to_teacher=image_retrieval(found, teacher),
-        text_to_image=text_retrieval(data, ids, found, teacher),
-        box_search=box_search_figures(data, work.folder / "index"),
-        pointing=pointing_figures(data, config.split, student, config.batch, workers),
-        zero_shot=zero_shot_figures(data, ids, found, teacher, templates),
+        fidelity=metrics.fidelity(embeddings, teacher, training_mean(data)),
+        student_to_teacher=image_retrieval(embeddings, teacher),
+        text_to_image=text_retrieval(data, ids, embeddings, teacher),
+        box_search=box_search_metrics(data, work.folder / "index"),
+        pointing=pointing_metrics(data, config.split, student, config.batch, workers),
+        zero_shot=zero_shot_metrics(data, ids, embeddings, teacher, templates),
         segmentation=_segmentation(config, data, student, workers),
     )
 
@@ -195,7 +195,7 @@ def _segmentation(
         return None
     queries = Queries(data, Path(config.segmentation.card))
     grid = config.segmentation.image_size // student.config.patch_size
-    return MetricGroup.model_validate(segmentation_figures(
+    return MetricGroup.model_validate(segmentation_metrics(
         data, config.split, config.segmentation, student, lambda text: queries.text(text).teacher,
         dense_teacher(queries, grid), config.batch, workers,
     ))  # fmt: skip

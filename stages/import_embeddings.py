@@ -63,7 +63,7 @@ class Part(NamedTuple):
     vectors: np.ndarray
 
 
-class Place(NamedTuple):
+class VectorAddress(NamedTuple):
     """Where a vector lies."""
 
     part: Part
@@ -111,11 +111,11 @@ def import_embeddings(
             text_parts += [_npz(path) for path in texts]
             size = _checked_width([*image_parts, *text_parts])
             known, good = _known_names(data / "images")
-            vectors, counts = _image_places(image_parts, known)
+            vectors, counts = _image_addresses(image_parts, known)
             if not vectors:
-                _refuse_strangers(image_parts[0], known)
+                _refuse_unknown(image_parts[0], known)
             counts["images without embedding"] = len(good - vectors.keys())
-            captions, prompts, text_counts = _text_places(text_parts, known)
+            captions, prompts, text_counts = _text_addresses(text_parts, known)
             names = inputs["images"].files
             for name in names:
                 shard = data / "images" / name
@@ -293,35 +293,36 @@ def _owner(part: Part, row: int, known: dict[str, str | None]) -> str | None:
         return [str(name) for name in found if name is not None]
 
     paths = [_names(path) for path in written(PATHS)]
-    whole, file, stem = zip(*paths, strict=True) if paths else ((), (), ())
-    candidates = (*whole, *file, *written(KEYS), *stem)
+    written_paths, file, stem = zip(*paths, strict=True) if paths else ((), (), ())
+    candidates = (*written_paths, *file, *written(KEYS), *stem)
     return next((known[name] for name in candidates if known.get(name)), None)
 
 
-def _image_places(
+def _image_addresses(
     parts: list[Part], known: dict[str, str | None]
-) -> tuple[dict[str, Place], dict[str, int]]:
+) -> tuple[dict[str, VectorAddress], dict[str, int]]:
     """image_id -> its vector, and how many vectors did what."""
-    found: dict[str, Place] = {}
+    addresses: dict[str, VectorAddress] = {}
     counts = {"images": 0, "repeated embeddings": 0, "embeddings without image": 0}
-    for place in _all_places(parts):
-        key = _owner(*place, known)
+    for address in _all_addresses(parts):
+        key = _owner(*address, known)
         if key is None:
             counts["embeddings without image"] += 1
         else:
-            counts["images" if _is_new(found, key, place) else "repeated embeddings"] += 1
-    return found, counts
+            new = _note(addresses, key, address)
+            counts["images" if new else "repeated embeddings"] += 1
+    return addresses, counts
 
 
-def _text_places(
+def _text_addresses(
     parts: list[Part], known: dict[str, str | None]
-) -> tuple[dict[str, dict[str, Place]], dict[str, Place], dict[str, int]]:
+) -> tuple[dict[str, dict[str, VectorAddress]], dict[str, VectorAddress], dict[str, int]]:
     """Captions by image_id and text, prompts by text, and how many vectors did what."""
-    captions: dict[str, dict[str, Place]] = {}
-    prompts: dict[str, Place] = {}
+    captions: dict[str, dict[str, VectorAddress]] = {}
+    prompts: dict[str, VectorAddress] = {}
     counts = {"texts": 0, "repeated texts": 0, "texts without image": 0}
-    for place in _all_places(parts):
-        part, row = place
+    for address in _all_addresses(parts):
+        part, row = address
         if not part.columns.keys() & {*TEXTS}:
             raise PipelineError(
                 f"{part.source}: found the columns {', '.join(part.columns)}; expected `prompt`, "
@@ -335,26 +336,27 @@ def _text_places(
         if group is None or not text:
             counts["texts without image"] += 1
         else:
-            counts["texts" if _is_new(group, text, place) else "repeated texts"] += 1
+            new = _note(group, text, address)
+            counts["texts" if new else "repeated texts"] += 1
     return captions, prompts, counts
 
 
-def _all_places(parts: list[Part]) -> Iterator[Place]:
-    return (Place(part, row) for part in parts for row in range(len(part.vectors)))
+def _all_addresses(parts: list[Part]) -> Iterator[VectorAddress]:
+    return (VectorAddress(part, row) for part in parts for row in range(len(part.vectors)))
 
 
-def _is_new(found: dict[str, Place], key: str, place: Place) -> bool:
-    """Note a vector; False for one that is there. Raises PipelineError for a different one."""
-    first = found.setdefault(key, place)
-    if np.abs(first.unit() - place.unit()).max() > SAME:
+def _note(addresses: dict[str, VectorAddress], key: str, address: VectorAddress) -> bool:
+    """Note a vector and say whether it is new. Raises PipelineError for a different one."""
+    first = addresses.setdefault(key, address)
+    if np.abs(first.unit() - address.unit()).max() > SAME:
         raise PipelineError(
             f"one thing has two different embeddings: {_row(*first)} in {first.part.source} and "
-            f"{_row(*place)} in {place.part.source}. Leave one of them out."
+            f"{_row(*address)} in {address.part.source}. Leave one of them out."
         )
-    return first is place
+    return first is address
 
 
-def _refuse_strangers(part: Part, known: dict[str, str | None]) -> None:
+def _refuse_unknown(part: Part, known: dict[str, str | None]) -> None:
     theirs = [_row(part, row) for row in range(min(3, len(part.vectors)))]
     raise PipelineError(
         f"none of the embeddings belongs to an image of data/images: {part.source} names them like "
@@ -382,13 +384,15 @@ def _image_tables(shard: Path, vectors: dict, how: Preprocessing, size: int) -> 
 
 
 def _captions(shard: Path, captions: dict) -> list[list[tuple]]:
-    """(image_id, text, place) of each row group's images, in their order, each image once."""
+    """(image_id, text, address) of each row group's images, in their order, each image once."""
     groups, seen = [], set()
     with shards.open_shard(shard, "download") as file:
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["image_id"])["image_id"].to_pylist()
             new = [key for key in dict.fromkeys(ids) if key not in seen]
-            groups.append([(k, t, place) for k in new for t, place in captions.get(k, {}).items()])
+            groups.append(
+                [(k, t, address) for k in new for t, address in captions.get(k, {}).items()]
+            )
             seen.update(new)
     return groups
 
@@ -399,7 +403,7 @@ def _commit_texts(work: Work, name: str, groups: list[list[tuple]], size: int) -
 
 
 def _text_table(rows: list[tuple], size: int) -> pa.Table:
-    matrix = np.array([place.unit() for *_, place in rows], np.float16).reshape(len(rows), size)
+    matrix = np.array([address.unit() for *_, address in rows], np.float16).reshape(len(rows), size)
     return pa.table(
         {
             "text_id": pa.array([text_id(key, text) for key, text, _ in rows], pa.string()),

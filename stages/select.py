@@ -135,8 +135,8 @@ WITH fetched AS (
                 WHEN row_id NOT IN (SELECT row_id FROM wanted) THEN 'where' END AS flaw,
            min(sha256_original) OVER (PARTITION BY family) AS content
     FROM families
-), placed AS (
-    SELECT *, CAST(('0x' || content[1:13])::UBIGINT AS DOUBLE) / power(16, 13) AS place,
+), hashed AS (
+    SELECT *, CAST(('0x' || content[1:13])::UBIGINT AS DOUBLE) / power(16, 13) AS split_hash,
            first_value(CASE WHEN flaw IS NULL THEN image_id END) OVER (
                PARTITION BY family ORDER BY flaw NULLS FIRST, image_id
                ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS kept,
@@ -146,13 +146,14 @@ WITH fetched AS (
     FROM judged
 )
 SELECT image_id,
-       CASE WHEN place < {test} THEN 'test' WHEN place < {test} + {val} THEN 'val'
-            WHEN place IS NOT NULL THEN 'train' END AS split,
+       CASE WHEN split_hash < {test} THEN 'test'
+            WHEN split_hash < {test} + {val} THEN 'val'
+            WHEN split_hash IS NOT NULL THEN 'train' END AS split,
        flaw IS NULL AND image_id = kept AS keep,
        CASE WHEN flaw IS NOT NULL THEN flaw WHEN image_id = kept THEN NULL
             WHEN sha256_original = kept_content THEN 'duplicate' ELSE 'near duplicate' END AS reason,
        CASE WHEN flaw IS NULL AND image_id <> kept THEN kept END AS duplicate_of
-FROM placed ORDER BY image_id
+FROM hashed ORDER BY image_id
 """
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 from support import seeing, stored
 
 from pipeline.data import shards
-from pipeline.evaluation.box_search import Best, box_search_figures
+from pipeline.evaluation.box_search import Best, box_search_metrics
 
 
 def test_the_best_of_blocks_are_the_best_of_all():
@@ -41,7 +41,7 @@ def test_precision_is_the_share_of_right_images_among_the_best_eight(tmp_path):
     named = np.zeros(20, bool)
     named[order[[0, 1, 2, 5, 9, 10, 15, 19]]] = True  # four of the best eight
     collection(tmp_path / "second", named.tolist())
-    found = box_search_figures(tmp_path / "second", tmp_path / "second/index")
+    found = box_search_metrics(tmp_path / "second", tmp_path / "second/index")
     assert found.facts["texts"] == 1
     assert found["precision@8"].value == found["precision@8"].ceiling == 0.5
     assert found["precision@8"].floor == 8 / 20
@@ -50,4 +50,4 @@ def test_precision_is_the_share_of_right_images_among_the_best_eight(tmp_path):
 
 def test_a_thing_in_fewer_images_than_are_shown_is_left_out(tmp_path):
     collection(tmp_path, [True] * 7 + [False] * 13)
-    assert box_search_figures(tmp_path, tmp_path / "index") is None
+    assert box_search_metrics(tmp_path, tmp_path / "index") is None

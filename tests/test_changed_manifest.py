@@ -32,8 +32,10 @@ def run(world: worlds.World, manifest: Path, root: Path, data: Path) -> None:
 
 
 def shards(data: Path) -> dict[str, bytes]:
-    rooms = data / "images", data / "teacher"
-    found = [path for room in rooms for path in sorted(room.rglob("*.parquet"))]
+    stage_folders = data / "images", data / "teacher"
+    found = [
+        path for stage_folder in stage_folders for path in sorted(stage_folder.rglob("*.parquet"))
+    ]
     return {str(path.relative_to(data)): path.read_bytes() for path in found}
 
 

@@ -62,16 +62,16 @@ class Bench:
             evaluate=evaluate_config(),
         )
         self.reference, self.seconds = folder / "reference", {}
-        for room in FOLDERS:
-            process = self.start(room, self.reference)
-            began = self.at_work(room, self.reference, process)
-            assert self.wait((self.reference / room).exists, process)
-            self.seconds[room] = time.monotonic() - began
+        for stage_folder in FOLDERS:
+            process = self.start(stage_folder, self.reference)
+            began = self.at_work(stage_folder, self.reference, process)
+            assert self.wait((self.reference / stage_folder).exists, process)
+            self.seconds[stage_folder] = time.monotonic() - began
             output, _ = process.communicate(timeout=60)
             assert process.returncode == 0, output
 
-    def start(self, room: str, data: Path, **how) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pipeline.cli", COMMANDS[room]]
+    def start(self, stage_folder: str, data: Path, **how) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pipeline.cli", COMMANDS[stage_folder]]
         return subprocess.Popen(
             [*command, "--params", self.params, "--data", data], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -86,16 +86,16 @@ class Bench:
             time.sleep(0.002)
         return true or condition()
 
-    def at_work(self, room: str, data: Path, process: subprocess.Popen) -> float:
+    def at_work(self, stage_folder: str, data: Path, process: subprocess.Popen) -> float:
         """When the stage has taken its lock; before, there is nothing to disturb."""
         lock = data / ".work/lock"
         assert self.wait(
-            lambda: lock.is_file() and BY_FOLDER[room].name in lock.read_text(), process
+            lambda: lock.is_file() and BY_FOLDER[stage_folder].name in lock.read_text(), process
         )
         return time.monotonic()
 
-    def run(self, room: str, data: Path, **how) -> subprocess.CompletedProcess:
-        process = self.start(room, data, **how)
+    def run(self, stage_folder: str, data: Path, **how) -> subprocess.CompletedProcess:
+        process = self.start(stage_folder, data, **how)
         try:
             output, _ = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
@@ -103,17 +103,17 @@ class Bench:
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
-    def before(self, room: str, data: Path) -> Path:
-        """A data/ in which this room's stage is the next to run."""
-        for source in BY_FOLDER[room].inputs:
+    def before(self, stage_folder: str, data: Path) -> Path:
+        """A data/ in which the stage of this folder is the next to run."""
+        for source in BY_FOLDER[stage_folder].inputs:
             shutil.copytree(self.reference / source, data / source)
         return data
 
-    def judge(self, room: str, data: Path, counts: Counter) -> None:
-        """The room against the undisturbed one, counted and asserted."""
-        found, expected = digests(data / room), digests(self.reference / room)
+    def judge(self, stage_folder: str, data: Path, counts: Counter) -> None:
+        """The folder against the undisturbed one, counted and asserted."""
+        found, expected = digests(data / stage_folder), digests(self.reference / stage_folder)
         different = [name for name in found.keys() | expected if found.get(name) != expected[name]]
-        counts["rows lost"] += rows(self.reference / room) - rows(data / room)
+        counts["rows lost"] += rows(self.reference / stage_folder) - rows(data / stage_folder)
         counts["files of other bytes"] += len(different)
         assert not different
 
@@ -125,16 +125,16 @@ def bench(small_world, tmp_path_factory) -> Bench:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(ROUNDS))
-@pytest.mark.parametrize("room", FOLDERS)
+@pytest.mark.parametrize("stage_folder", FOLDERS)
 def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
-    bench, tmp_path, counts, room, number
+    bench, tmp_path, counts, stage_folder, number
 ):
     how = SIGNALS[number % len(SIGNALS)]
-    moment = random.Random(f"{SEED} {room} {number}").random() * bench.seconds[room]
+    moment = random.Random(f"{SEED} {stage_folder} {number}").random() * bench.seconds[stage_folder]
     for tries in range(6):  # until it hits the stage at work: on a busy machine stages vary
-        data = bench.before(room, tmp_path / f"data-{tries}")
-        process = bench.start(room, data)
-        bench.at_work(room, data, process)
+        data = bench.before(stage_folder, tmp_path / f"data-{tries}")
+        process = bench.start(stage_folder, data)
+        bench.at_work(stage_folder, data, process)
         time.sleep(moment / 2**tries)
         process.send_signal(how)
         output, _ = process.communicate(timeout=60)
@@ -144,33 +144,35 @@ def test_a_stage_ended_at_a_random_moment_ends_with_the_same_bytes(
     counts["of which hit a running stage"] += process.returncode != 0
     assert process.returncode != 0
     assert "error:" not in output
-    if (data / room).exists():  # whole or absent
-        assert digests(data / room) == digests(bench.reference / room)
-    again = bench.run(room, data)
+    if (data / stage_folder).exists():  # whole or absent
+        assert digests(data / stage_folder) == digests(bench.reference / stage_folder)
+    again = bench.run(stage_folder, data)
     assert again.returncode == 0, again.stdout
-    bench.judge(room, data, counts)
+    bench.judge(stage_folder, data, counts)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("free", [0, 64 << 10])
-@pytest.mark.parametrize("room", FOLDERS)
-def test_a_full_disk_is_one_message_and_then_the_same_bytes(bench, disk, counts, room, free):
+@pytest.mark.parametrize("stage_folder", FOLDERS)
+def test_a_full_disk_is_one_message_and_then_the_same_bytes(
+    bench, disk, counts, stage_folder, free
+):
     folder, leave = disk
-    data = bench.before(room, folder / "data")
+    data = bench.before(stage_folder, folder / "data")
     (data / ".work").mkdir(parents=True)
     leave(free)
-    ended = bench.run(room, data)
+    ended = bench.run(stage_folder, data)
     counts["rounds of a full disk"] += 1
     if ended.returncode:
         assert "Traceback" not in ended.stdout, ended.stdout
         assert "disk is full" in ended.stdout, ended.stdout
-        assert not (data / room).exists()
+        assert not (data / stage_folder).exists()
     else:
         counts["of which had enough"] += 1
     (folder / "filler").unlink()
-    again = bench.run(room, data)
+    again = bench.run(stage_folder, data)
     assert again.returncode == 0, again.stdout
-    bench.judge(room, data, counts)
+    bench.judge(stage_folder, data, counts)
 
 
 @pytest.mark.faults
@@ -202,7 +204,12 @@ def damaged(path: Path, draw: random.Random) -> str:
 def damage_every_file(finished: Path, data: Path, times: int, counts: Counter) -> None:
     shutil.copytree(finished, data)
     draw = random.Random(SEED)
-    files = [p for room in FOLDERS for p in sorted((data / room).rglob("*")) if p.is_file()]
+    files = [
+        p
+        for stage_folder in FOLDERS
+        for p in sorted((data / stage_folder).rglob("*"))
+        if p.is_file()
+    ]
     for path in files:
         for _ in range(times):
             sound = path.read_bytes()
@@ -232,8 +239,8 @@ def test_a_clock_that_jumps_changes_no_byte(finished_world, tmp_path, monkeypatc
     from stages.distill import distill
 
     data = tmp_path / "data"
-    for room in ("images", "teacher", "selection"):
-        shutil.copytree(finished_world / room, data / room)
+    for stage_folder in ("images", "teacher", "selection"):
+        shutil.copytree(finished_world / stage_folder, data / stage_folder)
     real = Trainer.train_step
 
     def interrupted(self, batch):

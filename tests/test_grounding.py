@@ -7,7 +7,7 @@ from support import seeing, stored
 from support.students import small_student
 
 from pipeline.data import shards
-from pipeline.evaluation.grounding import pointing_figures
+from pipeline.evaluation.grounding import pointing_metrics
 
 HELD_OUT = 0  # row 0 of `stored` is of split val: 48 x 40 px, seen from x = 4 to 44
 
@@ -28,7 +28,7 @@ def with_boxes(data, *boxes: tuple):
     rows[HELD_OUT]["boxes"] = [dict(zip(shards.BOX.names, box, strict=True)) for box in boxes]
     stored._write(path, shards.IMAGES, [rows[k : k + 5] for k in range(0, len(rows), 5)])
     student = small_student(embedding_size=32, heads=4)
-    return pointing_figures(data, "val", student, 8, 1)
+    return pointing_metrics(data, "val", student, 8, 1)
 
 
 def test_boxes_of_one_text_count_as_one(data):

@@ -122,8 +122,8 @@ def test_a_percent_encoded_url_with_a_query_still_names_its_file(data, tmp_path)
 
 
 def clip_retrieval(folder: Path, given: np.ndarray, texts: np.ndarray) -> Path:
-    for room in ("img_emb", "text_emb", "metadata"):
-        (folder / room).mkdir(parents=True)
+    for stage_folder in ("img_emb", "text_emb", "metadata"):
+        (folder / stage_folder).mkdir(parents=True)
     for part, mine in enumerate(np.array_split(np.arange(IMAGES), 3)):
         np.save(folder / f"img_emb/img_emb_{part}.npy", given[mine].astype(np.float16))
         np.save(folder / f"text_emb/text_emb_{part}.npy", texts[mine].astype(np.float16))

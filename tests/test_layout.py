@@ -131,7 +131,7 @@ def test_training_reads_no_teacher_module():
         }, path
 
 
-def test_one_word_per_room():
+def test_one_word_per_stage():
     """A stage is a module with one public function of its name, a section, a command, an out."""
     assert list(DVC) == STAGES
     for stage in STAGES:

@@ -1,10 +1,12 @@
 """Looking at an image: maps of patches, and files that are no images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import seeing, worlds
+from support import worlds
 from support.students import SMALL
 
 from pipeline.core.config import StudentConfig
@@ -19,8 +21,8 @@ from pipeline.models.student import Outputs
 
 
 @pytest.fixture(scope="module")
-def data(small_world, tmp_path_factory):
-    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+def data(finished_world) -> Path:
+    return finished_world
 
 
 @pytest.fixture(scope="module")

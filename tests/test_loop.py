@@ -226,8 +226,8 @@ def test_a_resume_with_other_parameters_starts_afresh(small_world, tmp_path, mon
     weights = {}
     for name in ("interrupted", "undisturbed"):
         data = tmp_path / name
-        for room in ("images", "teacher"):
-            shutil.copytree(small_world.data / room, data / room)
+        for stage_folder in ("images", "teacher"):
+            shutil.copytree(small_world.data / stage_folder, data / stage_folder)
         select(worlds.select_config(), data)
         if name == "interrupted":
             step = Trainer.train_step

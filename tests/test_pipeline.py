@@ -16,7 +16,7 @@ from support.checkout import ROOT, Checkout
 README = (ROOT / "README.md").read_text()
 STUDENT = {"image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1}
 DISTILL = {"steps": 12, "batch": 16, "warmup": 2, "validate_every": 4, "precision": "float32"}
-ROOMS = ("images", "teacher", "selection", "student", "evaluation")
+STAGE_FOLDERS = ("images", "teacher", "selection", "student", "evaluation")
 
 
 def small(folder: Path, card: Path) -> Checkout:
@@ -61,11 +61,11 @@ def test_a_second_repro_runs_no_stage(finished):
 
 
 def test_each_command_says_that_there_is_nothing_to_do(finished):
-    rooms = [finished.folder / "data" / room for room in ROOMS]
-    before = [digests(room) for room in rooms]
+    stage_folders = [finished.folder / "data" / stage_folder for stage_folder in STAGE_FOLDERS]
+    before = [digests(stage_folder) for stage_folder in stage_folders]
     for command in ("download", "teacher-embed", "select", "distill", "evaluate"):
         finished.run("pipeline", command)
-    assert [digests(room) for room in rooms] == before
+    assert [digests(stage_folder) for stage_folder in stage_folders] == before
 
 
 def test_going_back_to_earlier_parameters_comes_from_the_cache(finished):
@@ -147,7 +147,10 @@ def test_training_imports_no_teacher_and_opens_only_parquet_and_parameters(finis
     kept = ("data/.work/", "data/runs/", "pipeline/", "stages/")  # its own files; its own code
     foreign = {path for path in opened if not path.startswith(kept) and ".parquet" not in path}
     # a stamp says which Parquet files belong together
-    assert foreign == {"params.yaml", *(f"data/{room}/_stamp.json" for room in ROOMS[:4])}
+    assert foreign == {
+        "params.yaml",
+        *(f"data/{stage_folder}/_stamp.json" for stage_folder in STAGE_FOLDERS[:4]),
+    }
 
 
 STAGES = {  # stage -> the file whose appearance says that the stage is in its middle
@@ -167,10 +170,10 @@ def test_a_stage_ended_in_its_middle_goes_on_to_the_same_bytes(finished, tmp_pat
     shutil.copytree(finished.folder / "manifests", tmp_path / "manifests", dirs_exist_ok=True)
     out = {"download": "images", "teacher-embed": "teacher", "distill": "student",
            "evaluate": "evaluation"}[command]  # fmt: skip
-    for room in ROOMS:
-        if room == out:
+    for stage_folder in STAGE_FOLDERS:
+        if stage_folder == out:
             break
-        shutil.copytree(finished.folder / "data" / room, tmp_path / "data" / room)
+        shutil.copytree(finished.folder / "data" / stage_folder, tmp_path / "data" / stage_folder)
     process = checkout.start("pipeline", command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "data").glob(STAGES[command])) and process.poll() is None:
@@ -186,8 +189,8 @@ def test_a_stage_ended_in_its_middle_goes_on_to_the_same_bytes(finished, tmp_pat
 
 def test_a_stage_that_a_killed_dvc_left_behind_keeps_others_out(finished, tmp_path, tiny_teacher):
     checkout = small(tmp_path, tiny_teacher)
-    for room in ("images", "teacher", "selection"):
-        shutil.copytree(finished.folder / "data" / room, tmp_path / "data" / room)
+    for stage_folder in ("images", "teacher", "selection"):
+        shutil.copytree(finished.folder / "data" / stage_folder, tmp_path / "data" / stage_folder)
     checkout.set(distill={"steps": 100_000, "validate_every": 100_000})
     parent = checkout.start("dvc", "repro", "--single-item", "distill")
     lock = tmp_path / "data/.work/lock"

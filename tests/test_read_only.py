@@ -174,21 +174,23 @@ OTHER = {  # parameters that make the stage work again
 }
 
 
-def only_the_out_is_read_only(room: str, finished: Path, world, folder: Path, how: dict) -> None:
+def only_the_out_is_read_only(
+    stage_folder: str, finished: Path, world, folder: Path, how: dict
+) -> None:
     """The stage does its work, cannot put it in place, and says so; the old out stays whole."""
     data = shutil.copytree(finished, folder / "data")
-    params = write_params(folder, world, **OTHER[room])
-    asked = {"once": [STAGES[room], "--params", params, "--data", data]}
-    set_modes(data / room, 0o555, 0o444)
-    before = state(data / room)
+    params = write_params(folder, world, **OTHER[stage_folder])
+    asked = {"once": [STAGES[stage_folder], "--params", params, "--data", data]}
+    set_modes(data / stage_folder, 0o555, 0o444)
+    before = state(data / stage_folder)
     status, _, errors = run(asked, folder, how)["once"]
     assert status == 1 and errors.splitlines()[-1].startswith("error:"), (status, errors)
-    assert f"'{data / room}'" in errors and "the right to write there" in errors
-    assert state(data / room) == before
-    set_modes(data / room, 0o755, 0o644)
+    assert f"'{data / stage_folder}'" in errors and "the right to write there" in errors
+    assert state(data / stage_folder) == before
+    set_modes(data / stage_folder, 0o755, 0o644)
     status, _, errors = run(asked, folder, how)["once"]
     assert status == 0, errors
-    assert state(data / room) != before
+    assert state(data / stage_folder) != before
 
 
 def test_an_out_that_alone_is_read_only_stays_whole_until_it_may_be_replaced(
@@ -198,8 +200,10 @@ def test_an_out_that_alone_is_read_only_stays_whole_until_it_may_be_replaced(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("room", [room for room in FOLDERS if room != "selection"])
+@pytest.mark.parametrize(
+    "stage_folder", [stage_folder for stage_folder in FOLDERS if stage_folder != "selection"]
+)
 def test_every_out_that_alone_is_read_only_stays_whole_until_it_may_be_replaced(
-    finished_world, small_world, tmp_path, obedient, room
+    finished_world, small_world, tmp_path, obedient, stage_folder
 ):
-    only_the_out_is_read_only(room, finished_world, small_world, tmp_path, obedient)
+    only_the_out_is_read_only(stage_folder, finished_world, small_world, tmp_path, obedient)

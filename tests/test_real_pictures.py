@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.checkout import ROOT
 
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.explore.search import Collection
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def said(shared, folder) -> dict[str, str]:
 def test_a_stored_caption_finds_its_photo_by_the_teachers_vectors(said, folder):
     """First of 1,095 for most of the 340 captions; by chance it would be none of them."""
     collection = Collection(folder / "data")
-    _, ids, vectors = text_vectors(folder / "data", "image_id IS NOT NULL", [])
+    _, ids, vectors = load_text_embeddings(folder / "data", "image_id IS NOT NULL", [])
     best = [collection.ids[row] for row in (vectors @ collection.teacher.T).argmax(axis=1)]
     assert len(ids) == 340
     assert np.mean([found == own for found, own in zip(best, ids, strict=True)]) > 0.5

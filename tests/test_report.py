@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import browser, seeing
+from support import browser
+from support.finished import evaluate_config
 
 from pipeline.core.provenance import evaluation_of
 from pipeline.core.records import MetricGroup, Recipe
@@ -47,8 +48,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def data(small_world, tmp_path_factory) -> Path:
-    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+def data(finished_world) -> Path:
+    return finished_world
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def write(data):
         student=Student.load(data / "student"),
         index=data / "evaluation" / "index",
         measured=evaluation_of(data),
-        config=seeing.evaluate_config(),
+        config=evaluate_config(),
     )
 
 
@@ -173,7 +174,7 @@ def test_the_report_command_adds_the_teachers_attention_and_throughput(data, sma
 
     teacher = Queries(data, small_world.card).teacher
     out = tmp_path / "report.html"
-    report(data, out, seeing.evaluate_config(), row_viewer(teacher), ["a note"])
+    report(data, out, evaluate_config(), row_viewer(teacher), ["a note"])
     page = Page(out.read_text())
     assert any("Teacher's attention" in image["alt"] for image in page.all("img"))
     (alt,) = [image["alt"] for image in page.all("img") if "images per second" in image["alt"]]

@@ -33,8 +33,8 @@ def collection(tmp_path_factory) -> Collection:
 
 
 @pytest.fixture(scope="module")
-def data(small_world, tmp_path_factory):
-    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+def data(finished_world) -> Path:
+    return finished_world
 
 
 def named(hits) -> list[str]:

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support import seeing, worlds
+from support import worlds
+from support.finished import distill_config, evaluate_config
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards
@@ -135,8 +136,8 @@ def scored(folder: Path, manifest: Path, card: Path, tmp_path: Path, **how) -> t
     )
     teacher_embed(worlds.teacher_config(card, prompts, views=1), data, device="cpu", workers=1)
     select(worlds.select_config(val=0.3, test=0.3, near_duplicates=1.0), data)
-    distill(seeing.distill_config(), data, device="cpu", workers=1)
-    config = seeing.evaluate_config(segmentation=worlds.segmentation(card, **how))
+    distill(distill_config(batch=8), data, device="cpu", workers=1)
+    config = evaluate_config(segmentation=worlds.segmentation(card, **how))
     found = evaluate(config, data, device="cpu", workers=1)
     return found.segmentation.model_dump(), (data / "evaluation/report.html").read_text()
 

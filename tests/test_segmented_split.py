@@ -14,7 +14,7 @@ from pipeline.core.config import SegmentationConfig
 from pipeline.core.errors import PipelineError
 from pipeline.data import shards
 from pipeline.data.classes import read_classes
-from pipeline.evaluation.segmented_split import DenseTeacher, has_masks, segmentation_figures
+from pipeline.evaluation.segmented_split import DenseTeacher, has_masks, segmentation_metrics
 
 PROMPTS = ["a cat", "a kitten", "a dog"]
 
@@ -75,7 +75,7 @@ def figures(data: Path, classes: str = "a cat, a kitten\na dog\n", teacher="none
     file.write_text(classes)
     config = SegmentationConfig(**worlds.segmentation(classes=str(file)) | changes)
     student = small_student(embedding_size=32, heads=4)
-    return segmentation_figures(data, "test", config, student, nowhere, teacher, 4, 1)
+    return segmentation_metrics(data, "test", config, student, nowhere, teacher, 4, 1)
 
 
 def test_masks_are_judged_in_what_the_student_sees_of_them(data):

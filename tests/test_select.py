@@ -70,11 +70,11 @@ def test_a_repeated_url_takes_no_image_away(data):
 
 
 def test_the_split_follows_from_the_content_alone(data, small_world):
-    """A place in [0, 1) by the hash of the original bytes: first test, then val, then train."""
+    """A number in [0, 1) by the hash of the original bytes: first test, then val, then train."""
     found, hashes = run(data, val=0.25, test=0.25), contents(small_world)
     for i in range(GOOD):
-        place = int(hashes[f"{i}.jpg"][:13], 16) / 16**13
-        expected = "test" if place < 0.25 else "val" if place < 0.5 else "train"
+        split_hash = int(hashes[f"{i}.jpg"][:13], 16) / 16**13
+        expected = "test" if split_hash < 0.25 else "val" if split_hash < 0.5 else "train"
         assert found[f"{i}.jpg"]["split"] == expected
 
 

@@ -8,11 +8,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import browser, seeing
+from support import browser
 
 from pipeline.core.errors import PipelineError
 
@@ -27,8 +28,8 @@ TOKEN = "a-token-of-this-test"
 
 
 @pytest.fixture(scope="module")
-def data(small_world, tmp_path_factory):
-    return seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
+def data(finished_world) -> Path:
+    return finished_world
 
 
 @contextmanager

@@ -181,12 +181,12 @@ def test_bytes_from_elsewhere_become_a_link_and_no_second_copy_stays(tmp_path):
     cached = shutil.copyfile(store.path(entry), tmp_path / "cached")
     linked = tmp_path / "linked"
     linked.symlink_to(cached)
-    assert store.adopt(linked, entry)
+    assert store.reuse(linked, entry)
     assert os.path.samefile(store.path(entry), cached) and not store.path(entry).is_symlink()
     assert store.sound(entry)
     other = tmp_path / "other"
     other.write_text("other bytes")
-    assert not store.adopt(other, entry) and os.path.samefile(store.path(entry), cached)
+    assert not store.reuse(other, entry) and os.path.samefile(store.path(entry), cached)
 
 
 # Publishing

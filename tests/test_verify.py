@@ -81,9 +81,9 @@ def halve(path: Path) -> None:
 def test_a_damaged_file_is_one_finding_that_names_it(data, name, damage):
     damage(data / name)
     (finding,) = verify(data)
-    room = name.split("/")[0]
+    stage_folder = name.split("/")[0]
     assert (finding.promise, finding.place) == ("every file has the bytes of its stamp", name)
-    assert finding.run.startswith(f"rm -r {data / room} && pipeline ")
+    assert finding.run.startswith(f"rm -r {data / stage_folder} && pipeline ")
 
 
 def test_what_the_finding_says_to_run_mends_the_damage(data):
@@ -114,11 +114,11 @@ def test_an_edited_recipe_is_noticed(data):
 
 
 @pytest.mark.parametrize(
-    ("room", "key"),
+    ("stage_folder", "key"),
     [("teacher", "dtype"), ("selection", "train"), ("student", "steps"), ("evaluation", "split")],
 )
-def test_an_edited_summary_is_noticed(data, room, key):
-    worlds.forge_stamp(data / room, lambda stamp: stamp["summary"].update({key: 77}))
+def test_an_edited_summary_is_noticed(data, stage_folder, key):
+    worlds.forge_stamp(data / stage_folder, lambda stamp: stamp["summary"].update({key: 77}))
     assert promises(data) == ["a stamp's summary is what its files say"]
 
 
@@ -183,34 +183,34 @@ def forge(data: Path, name: str, change) -> None:
 
 def restamp(data: Path) -> None:
     stamps = {}
-    for room in FOLDERS:
-        stamp = json.loads((data / room / STAMP_FILE).read_text())
+    for stage_folder in FOLDERS:
+        stamp = json.loads((data / stage_folder / STAMP_FILE).read_text())
         for name in stamp["files"]:
-            path = data / room / name
-            if room == "teacher" and not name.endswith("prompts.parquet"):
+            path = data / stage_folder / name
+            if stage_folder == "teacher" and not name.endswith("prompts.parquet"):
                 source = data / "images" / path.name
                 rebase(path, "input", file_digest(source))
             stamp["files"][name] |= {"sha256": file_digest(path), "bytes": path.stat().st_size}
         for source in STAGES[stamp["stage"]].inputs:
             stamp["recipe"]["inputs"][source] = content(stamps[source])
         stamp["stamp"] = digest(stamp["recipe"])
-        recount(data, room, stamp["summary"])
-        if room == "student":
+        recount(data, stage_folder, stamp["summary"])
+        if stage_folder == "student":
             restamp_student(data, stamp)
-        worlds.forge_stamp(data / room, lambda old, new=stamp: old.update(new))
-        stamps[room] = stamp_of(data, room)
+        worlds.forge_stamp(data / stage_folder, lambda old, new=stamp: old.update(new))
+        stamps[stage_folder] = stamp_of(data, stage_folder)
 
 
-def recount(data: Path, room: str, summary: dict) -> None:
+def recount(data: Path, stage_folder: str, summary: dict) -> None:
     """Let the summary follow the files, where stages would have counted them."""
-    if room == "teacher":
+    if stage_folder == "teacher":
         for kind in ("images", "texts"):
-            paths = (data / room / kind).glob("*.parquet")
+            paths = (data / stage_folder / kind).glob("*.parquet")
             summary[kind] = sum(pq.read_metadata(path).num_rows for path in paths)
-    if room == "evaluation":
+    if stage_folder == "evaluation":
         summary.clear()
         summary |= json.loads((data / "evaluation/metrics.json").read_text())
-    if room == "selection":
+    if stage_folder == "selection":
         summary.clear()
         for row in pq.read_table(data / SELECTION).to_pylist():
             key = row["split"] if row["keep"] else f"left out: {row['reason']}"
@@ -290,7 +290,8 @@ def other_split(row: dict) -> str:
 
 
 SHARD, VECTORS, TEXTS = (
-    f"{room}/00001.parquet" for room in ("images", "teacher/images", "teacher/texts")
+    f"{stage_folder}/00001.parquet"
+    for stage_folder in ("images", "teacher/images", "teacher/texts")
 )
 SELECTION = "selection/selection.parquet"
 ROW = "a row is an image or says why not"

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import seeing, worlds
+from support.finished import distill_config, evaluate_config
 
 from pipeline.core.provenance import evaluation_of
 from pipeline.core.records import MetricGroup
 from pipeline.data import database, shards
-from pipeline.evaluation.zero_shot import zero_shot_figures
+from pipeline.evaluation.zero_shot import zero_shot_metrics
 from pipeline.explore.metrics_table import metrics_text
 
 TEMPLATES = ["a {}", "a photo of a {}"]
@@ -45,7 +46,7 @@ def test_a_class_is_the_mean_of_its_prompts(tmp_path):
         },
     )
     seen = np.array([[1, 0, 0], [0, 0, 1]], np.float32)
-    found = zero_shot_figures(tmp_path, ids, seen, seen, TEMPLATES)
+    found = zero_shot_metrics(tmp_path, ids, seen, seen, TEMPLATES)
     assert found["accuracy"].value == 1
 
 
@@ -54,7 +55,7 @@ def test_student_and_teacher_are_judged_by_their_own_vectors(tmp_path):
     ids = labelled(tmp_path, labels, {"a fruit": FRUIT, "a bread": BREAD})
     teacher = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 2]]
     student = np.eye(3, dtype=np.float32)[[0, 1, 1, 1, 2]]
-    found = zero_shot_figures(tmp_path, ids, student, teacher, TEMPLATES)
+    found = zero_shot_metrics(tmp_path, ids, student, teacher, TEMPLATES)
     assert found.facts == {"images": 4, "classes": 2, "templates": 2}
     accuracy = found["accuracy"]
     assert (accuracy.value, accuracy.ceiling) == (0.5, 1)
@@ -64,24 +65,23 @@ def test_student_and_teacher_are_judged_by_their_own_vectors(tmp_path):
 
 def test_images_without_labels_give_no_figure(tmp_path):
     ids = labelled(tmp_path, [None, " "], {"a fruit": FRUIT})
-    assert zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), TEMPLATES) is None
+    assert zero_shot_metrics(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), TEMPLATES) is None
 
 
 @pytest.mark.parametrize("templates", [[], ["one {}"]])
 def test_a_class_without_a_stored_prompt_is_named(tmp_path, templates):
     ids = labelled(tmp_path, ["fruit", "bread"], {"a fruit": FRUIT, "one fruit": FRUIT})
-    found = zero_shot_figures(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), templates)
+    found = zero_shot_metrics(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), templates)
     assert found == MetricGroup(left_out=found.left_out)
     assert "labels have no stored class prompt, such as 'bread'" in found.left_out
     table = metrics_text({"zero_shot": found.model_dump()})
     assert table.splitlines()[-1].startswith("left out: zero_shot") and "'bread'" in table
 
 
-def test_the_evaluation_measures_it_with_the_repositorys_templates(small_world, tmp_path_factory):
-    data = seeing.finished(small_world, tmp_path_factory.mktemp("finished"))
-    found = evaluation_of(data).zero_shot
+def test_the_evaluation_measures_it_with_the_repositorys_templates(finished_world):
+    found = evaluation_of(finished_world).zero_shot
     split = dict(
-        database.connect(data)
+        database.connect(finished_world)
         .execute(
             "SELECT label, count(*) FROM images JOIN selection USING (image_id) "
             "WHERE status = 'ok' AND keep AND split = 'test' GROUP BY label"
@@ -113,8 +113,8 @@ def test_real_photos_with_ten_labels_go_from_manifest_to_figure(shared, tiny_tea
     )
     teacher_embed(worlds.teacher_config(tiny_teacher, tmp_path / "prompts.txt"), data, device="cpu")
     select(worlds.select_config(), data)
-    distill(seeing.distill_config(), data, device="cpu")
-    figures = evaluate(seeing.evaluate_config(prompts=[]), data, device="cpu")
+    distill(distill_config(batch=8), data, device="cpu")
+    figures = evaluate(evaluate_config(prompts=[]), data, device="cpu")
     found = figures.zero_shot
     assert found.facts["classes"] == len(set(labels.values())) == 10
     assert found.facts["images"] == figures.images > 40

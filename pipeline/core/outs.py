@@ -74,8 +74,8 @@ def place_out(data: Path, stage: str, out: Path, files: dict[str, Path]) -> None
 
     It is built aside and renamed into place: it is never half of two runs.
     """
-    room = data / WORK / stage
-    aside, old = room / "out.new", room / "out.old"
+    work_folder = data / WORK / stage
+    aside, old = work_folder / "out.new", work_folder / "out.old"
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     for name, source in files.items():

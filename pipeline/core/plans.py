@@ -102,7 +102,7 @@ def bring_in(data: Path, stage: str, store: Store) -> None:
     folder = STAGES[stage].folder
     with suppress(PipelineError):
         stamp = read_stamp(data / folder, stage)
-        _adopt(store, stamp, {name: data / folder / name for name in stamp.files})
+        _reuse(store, stamp, {name: data / folder / name for name in stamp.files})
     locked = locked_out(data, folder)
     if locked is None:
         return
@@ -119,15 +119,15 @@ def bring_in(data: Path, stage: str, store: Store) -> None:
     with suppress(OSError, KeyError, ValueError):
         values = json.loads(files[STAMP_FILE].read_text())
         if sealed(values) == values:
-            _adopt(store, Stamp.model_validate(values), files)
+            _reuse(store, Stamp.model_validate(values), files)
 
 
-def _adopt(store: Store, stamp: Stamp, files: dict[str, Path]) -> None:
+def _reuse(store: Store, stamp: Stamp, files: dict[str, Path]) -> None:
     """Link a published stage's shards into the store."""
     shards = [(name, file) for name, file in stamp.files.items() if file.stored]
     for name, file in shards:
         if file.stored and name in files and files[name].is_file():
-            store.adopt(files[name], entry_of(file.stored, file.bytes))
+            store.reuse(files[name], entry_of(file.stored, file.bytes))
     if shards:
         store.note(stamp)
 
@@ -173,9 +173,9 @@ def scratch_folder(data: Path, stage: str) -> Iterator[Path]:
     """A folder of this process alone below data/.work. It goes when the work has ended; those of
     processes that were killed go now.
     """
-    room = data / WORK / stage
-    folder = room / f"run-{process_name()}"
-    for other in room.glob("run-*"):
+    work_folder = data / WORK / stage
+    folder = work_folder / f"run-{process_name()}"
+    for other in work_folder.glob("run-*"):
         with suppress(FileNotFoundError):
             if not may_live(other.name, time.time() - other.stat().st_mtime):
                 rmtree(other, ignore_errors=True)

@@ -73,7 +73,7 @@ class Store:
         finally:
             hidden.unlink(missing_ok=True)
 
-    def adopt(self, source: Path, entry: Entry) -> bool:
+    def reuse(self, source: Path, entry: Entry) -> bool:
         """Link a file from elsewhere into the store; whether its bytes are the entry's.
 
         Where the store has the same bytes already, they are given up for the link, so that no

@@ -27,8 +27,8 @@ class Work:
     def __init__(self, data: Path, stage: str, out: Path, recipe: Recipe):
         self.data, self.stage, self.out, self.recipe = data, stage, out, recipe
         self.stamp = recipe_digest(recipe)
-        self.room = data / WORK / stage
-        self.folder = self.room / self.stamp
+        self.stage_folder = data / WORK / stage
+        self.folder = self.stage_folder / self.stamp
 
     def published(self) -> bool:
         """True if the out already holds this run, complete, and nothing else."""
@@ -59,7 +59,7 @@ class Work:
     def _other_stamps(self) -> list[Path]:
         folders = [
             path
-            for path in self.room.glob("*")
+            for path in self.stage_folder.glob("*")
             if path.is_dir() and len(path.name) == len(self.stamp)
         ]
         folders = [path for path in folders if path != self.folder]

@@ -94,7 +94,9 @@ def training_mean(data: Path) -> np.ndarray:
     return np.asarray(total / count, np.float32)
 
 
-def text_vectors(data: Path, where: str, arguments: list) -> tuple[list[str], list, np.ndarray]:
+def load_text_embeddings(
+    data: Path, where: str, arguments: list
+) -> tuple[list[str], list, np.ndarray]:
     """texts, their image_ids (None for prompts) and (n, E) unit vectors of stored texts.
 
     where: SQL condition over the table texts, with ? for the arguments.

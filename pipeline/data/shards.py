@@ -178,7 +178,7 @@ def in_groups(table: pa.Table, rows: int = ROWS_PER_GROUP) -> Iterable[pa.Table]
 
 
 def shard_paths(folder: Path, stage: str) -> list[Path]:
-    """The shards of a room, sorted. Raises PipelineError where there is none."""
+    """The shards of a folder, sorted. Raises PipelineError where there is none."""
     if paths := sorted(folder.glob("*.parquet")):
         return paths
     raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {command(stage)}` first.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.core.records import Metric, MetricGroup
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.shards import embedding_matrix
 from pipeline.evaluation.metrics import mean_interval
 
@@ -29,13 +29,13 @@ class Block(NamedTuple):
     right: np.ndarray  # (t, n) bool: the image has a box of the text
 
 
-def box_search_figures(data: Path, index: Path) -> MetricGroup | None:
+def box_search_metrics(data: Path, index: Path) -> MetricGroup | None:
     """precision@8 over the texts of boxes, and of the worst text; None where no text has 8 images.
 
     Beside each the share of images that hold the thing (floor) and the teacher's own precision
     (ceiling). index: folder of the student's vectors. Memory is that of a block of images.
     """
-    stored, _, vectors = text_vectors(data, "image_id IS NULL", [])
+    stored, _, vectors = load_text_embeddings(data, "image_id IS NULL", [])
     connection = database.connect(data, index)
     frequent = connection.execute(FREQUENT, [stored, DEPTH, MOST_TEXTS]).fetchall()
     if not frequent:
@@ -96,8 +96,8 @@ def _blocks(
     connection: duckdb.DuckDBPyConnection, index: Path, texts: list[str]
 ) -> Iterator[Block]:
     number = {text: i for i, text in enumerate(texts)}
-    found = connection.sql(PAIRS, params=[str(index.resolve() / "*.parquet")])
-    for batch in found.to_arrow_reader(10_000):
+    pairs = connection.sql(PAIRS, params=[str(index.resolve() / "*.parquet")])
+    for batch in pairs.to_arrow_reader(10_000):
         right = np.zeros((len(texts), batch.num_rows), bool)
         for image, named in enumerate(batch["texts"].to_pylist()):
             right[[number[text] for text in named or () if text in number], image] = True

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.core.records import Metric, MetricGroup
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.evaluation import metrics
 from pipeline.models.student import Student
 from pipeline.training.batches import held_out_batches
@@ -20,7 +20,7 @@ WHERE status = 'ok' AND len(boxes) > 0
 VIEWS = 'SELECT image_id, "left", top, "right", bottom FROM teacher WHERE view = 0'
 
 
-def pointing_figures(
+def pointing_metrics(
     data: Path, split: str, student: Student, batch: int, workers: int
 ) -> MetricGroup | None:
     """Pointing accuracy and energy in the box over a split, or None where it has no boxes.
@@ -40,11 +40,11 @@ def pointing_figures(
     if not boxes:
         return None
     views = {key: box for key, *box in connection.execute(VIEWS).fetchall()}
-    texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
+    texts, _, vectors = load_text_embeddings(data, "image_id IS NULL", [])
     vector_of = dict(zip(texts, vectors, strict=True))
     dataset = Dataset(data, split, student.config.image_size, student.preprocessing.interpolation)
     mean, owners = vectors.mean(axis=0), []
-    found: dict[str, list[dict]] = {"pointing": [], "pointing_centred": []}
+    rates_by_metric: dict[str, list[dict]] = {"pointing": [], "pointing_centred": []}
     for batch_seen in held_out_batches(dataset, range(len(dataset)), batch, workers=workers):
         patches = _patches(student, batch_seen.pixels)  # (b, N, E)
         for key, image_patches in zip(batch_seen.ids, patches, strict=True):
@@ -58,14 +58,14 @@ def pointing_figures(
                 for name, asked in (("pointing", prompts), ("pointing_centred", prompts - mean)):
                     activation = asked @ image_patches.T  # (r, N)
                     rates = metrics.pointing(activation, inside)
-                    found[name].append(rates | {"centre": centre})
-    return _figures(found, np.array(owners)) if owners else None
+                    rates_by_metric[name].append(rates | {"centre": centre})
+    return _metrics(rates_by_metric, np.array(owners)) if owners else None
 
 
-def _figures(found: dict[str, list[dict]], owners: np.ndarray) -> MetricGroup:
-    """What was found image by image -> figures; owners (r,): the image of each text."""
+def _metrics(rates_by_metric: dict[str, list[dict]], owners: np.ndarray) -> MetricGroup:
+    """Rates text by text -> metrics; owners (r,): the image of each text."""
     group: dict[str, Metric] = {}
-    for name, parts in found.items():
+    for name, parts in rates_by_metric.items():
         rates = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         ends = {"floor": float(rates["area"].mean()), "ceiling": float(rates["reachable"].mean())}
         hits = metrics.share_interval(rates["hit"], owners)
@@ -81,7 +81,7 @@ def _corners_by_text(boxes: list[dict], stored: dict) -> dict[str, np.ndarray]:
     for box in boxes:
         if box["text"] in stored:
             corners.setdefault(box["text"], []).append([box[c] for c in ("x0", "y0", "x1", "y1")])
-    return {text: np.array(found) for text, found in corners.items()}
+    return {text: np.array(boxes) for text, boxes in corners.items()}
 
 
 def in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.core.records import Metric, MetricGroup
-from pipeline.data.embeddings import text_vectors, training_vectors
+from pipeline.data.embeddings import load_text_embeddings, training_vectors
 from pipeline.data.shards import unit_rows
 from pipeline.evaluation.metrics import cosine, mean_interval, share_interval
 
@@ -78,7 +78,7 @@ def text_retrieval(
     ids: of n images; student, teacher: (n, E) unit vectors. The ceiling is the teacher.
     """
     row_of = {key: i for i, key in enumerate(ids)}
-    texts, text_ids, vectors = text_vectors(data, "image_id IS NOT NULL", [])
+    texts, text_ids, vectors = load_text_embeddings(data, "image_id IS NOT NULL", [])
     mine = [i for i, key in enumerate(text_ids) if key in row_of]
     if not mine:
         return None

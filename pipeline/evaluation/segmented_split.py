@@ -19,7 +19,7 @@ from pipeline.core.config import SegmentationConfig
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
 from pipeline.data.classes import read_classes
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.evaluation import segmentation as seg
 from pipeline.evaluation.dense import sliding_cosines
 from pipeline.models.student import Student
@@ -55,7 +55,7 @@ def has_masks(data: Path) -> bool:
     return bool(count)
 
 
-def segmentation_figures(
+def segmentation_metrics(
     data: Path,
     split: str,
     config: SegmentationConfig,
@@ -84,19 +84,19 @@ def segmentation_figures(
     judge = _Judge(masks, split, asked.groups, config)
     source = Source(data, student.preprocessing.interpolation, batch, workers)
     grid = config.image_size // student.config.patch_size
-    found = judge.student(
+    metrics = judge.student(
         {name: by_student(source, name, masks[name], asked, config, student) for name in masks},
         grid,
     )
     if isinstance(teacher, str):
-        found["teacher_left_out"] = teacher
+        metrics["teacher_left_out"] = teacher
     else:
-        found |= judge.teacher(
+        metrics |= judge.teacher(
             teacher.sizes,
             lambda name, size: by_teacher(source, name, masks[name], asked, teacher, size),
         )
     counts = {"images": len(masks[split]), "without_mask": without, "classes": len(labels) - 1}
-    return counts | found
+    return counts | metrics
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Asked:
         """Stored vectors, and what vector_of makes of the prompts that are not stored."""
         prompts = [prompt for group in labels for prompt in group]
         where = "image_id IS NULL AND text IN (SELECT unnest(?::VARCHAR[]))"
-        texts, _, vectors = text_vectors(data, where, [prompts])
+        texts, _, vectors = load_text_embeddings(data, where, [prompts])
         stored = dict(zip(texts, vectors, strict=True))
         vectors = np.stack([stored[p] if p in stored else vector_of(p) for p in prompts])
         ends = np.cumsum([0, *map(len, labels)]).tolist()
@@ -172,15 +172,15 @@ class _Judge:
         self.ends: dict[str, float] = {}
 
     def student(self, cosines: dict[str, seg.Cosines], grid: int) -> dict:
-        """Its figures, and those that need no more than its embedding or its grid."""
+        """Its metrics, and those that need no more than its embedding or its grid."""
         own, count = self.masks[self.split], len(self.groups)
         frequent = np.sum([np.bincount(m[m != seg.IGNORED], minlength=count) for m in own], axis=0)
         everywhere = np.full(len(own), 0 if frequent[0] else frequent.argmax())
         covered = seg.mean_iou(seg.coverage(own, grid, count).sum(axis=0))
         floor = seg.mean_iou(seg.painted(everywhere, own, count).sum(axis=0))
         self.ends |= {"floor": float(floor), "ceiling": float(covered)}
-        plain, choice = self.figure(cosines, (0.0,))
-        weighted, chosen = self.figure(cosines, seg.WEIGHTS)
+        plain, choice = self.measured(cosines, (0.0,))
+        weighted, chosen = self.measured(cosines, seg.WEIGHTS)
         answered = seg.image_labels(cosines[self.split].images, self.groups)
         painted = seg.miou_interval(seg.painted(answered, own, count))
         return {
@@ -200,14 +200,14 @@ class _Judge:
         counts = seg.scored(
             cosines_of(self.split, best[1]), self.masks[self.split], self.groups, best[0]
         )
-        figure = seg.miou_interval(counts) | self.ends
-        facts = {"mIoU_teacher": figure, "image_size_teacher": best[1]}
+        miou = seg.miou_interval(counts) | self.ends
+        facts = {"mIoU_teacher": miou, "image_size_teacher": best[1]}
         return facts | _limits(threshold_teacher=best[0])
 
     def choice(self, val: seg.Cosines, weights: tuple[float, ...]) -> seg.Choice:
         return seg.choose(val, self.masks["val"], self.groups, weights, self.by_threshold)
 
-    def figure(
+    def measured(
         self, cosines: dict[str, seg.Cosines], weights: tuple[float, ...]
     ) -> tuple[dict, seg.Choice]:
         choice = self.choice(cosines["val"], weights)
@@ -262,20 +262,20 @@ def _cosines(
     cosines_of: Callable[[np.ndarray], seg.Cosines],
 ) -> seg.Cosines:
     """What cosines_of makes of the images with masks, seen at size px, in the masks' order."""
-    dataset, found = Dataset(source.data, split, size, source.interpolation), {}
+    dataset, cosines_by_id = Dataset(source.data, split, size, source.interpolation), {}
     numbers = range(len(dataset))
-    seen: Any = held_out_batches(dataset, numbers, source.batch, workers=source.workers)
-    with closing(seen) as batches:
+    loaded: Any = held_out_batches(dataset, numbers, source.batch, workers=source.workers)
+    with closing(loaded) as batches:
         for some in batches:
             asked = [i for i, key in enumerate(some.ids) if key in masks]
             if asked:
                 parts = cosines_of(np.asarray(some.pixels)[asked])
                 for i, patches, image in zip(asked, *parts, strict=True):
-                    found[some.ids[i]] = patches, image
-            if len(found) == len(masks):
+                    cosines_by_id[some.ids[i]] = patches, image
+            if len(cosines_by_id) == len(masks):
                 break
-    if lost := masks.keys() - found.keys():
+    if lost := masks.keys() - cosines_by_id.keys():
         raise PipelineError(
             f"image {min(lost)} cannot be decoded. Delete data/images and run `pipeline download`."
         )
-    return seg.Cosines(*map(torch.stack, zip(*(found[key] for key in masks), strict=True)))
+    return seg.Cosines(*map(torch.stack, zip(*(cosines_by_id[key] for key in masks), strict=True)))

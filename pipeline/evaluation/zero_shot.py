@@ -6,13 +6,13 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import MetricGroup
-from pipeline.data.embeddings import labels_of, text_vectors
+from pipeline.data.embeddings import labels_of, load_text_embeddings
 from pipeline.data.shards import unit_rows
 from pipeline.data.texts import class_prompts, labels
 from pipeline.evaluation import metrics
 
 
-def zero_shot_figures(
+def zero_shot_metrics(
     data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray, templates: list[str]
 ) -> MetricGroup | None:
     """Share of images whose nearest class is their label, or None where none has a label.
@@ -50,16 +50,16 @@ def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndar
     """
     asked = {name: class_prompts(templates, name) for name in names}
     every = sorted({text for texts in asked.values() for text in texts})
-    texts, _, vectors = text_vectors(data, "text IN (SELECT unnest(?::VARCHAR[]))", [every])
+    texts, _, vectors = load_text_embeddings(data, "text IN (SELECT unnest(?::VARCHAR[]))", [every])
     vector_of = dict(zip(texts, vectors, strict=True))
     stored = {
         name: [vector_of[text] for text in texts if text in vector_of]
         for name, texts in asked.items()
     }
-    if without := [name for name, found in stored.items() if not found]:
+    if without := [name for name, own in stored.items() if not own]:
         raise PipelineError(
             f"{len(without)} of {len(names)} labels have no stored class prompt, such as "
             f"{without[0]!r}. Name the same templates in teacher_embed.templates and "
             "evaluate.templates, or import vectors of such prompts."
         )
-    return unit_rows(np.stack([np.mean(found, axis=0) for found in stored.values()]))
+    return unit_rows(np.stack([np.mean(own, axis=0) for own in stored.values()]))

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import require_inputs, write_file, write_json
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.shards import unit_rows
 from pipeline.explore.licenses import licenses
 from pipeline.explore.model_card import model_card
@@ -124,7 +124,7 @@ def _some_texts(data: Path) -> list[str]:
     """Some prompts and some captions, evenly spread over those that are stored."""
     chosen = []
     for where in ("image_id IS NULL", "image_id IS NOT NULL"):
-        texts = sorted(set(text_vectors(data, f"{where} AND trim(text) <> ''", [])[0]))
+        texts = sorted(set(load_text_embeddings(data, f"{where} AND trim(text) <> ''", [])[0]))
         chosen += texts[:: max(1, len(texts) // CHECKED)][:CHECKED]
     return list(dict.fromkeys(text.strip() for text in chosen))
 
@@ -166,7 +166,7 @@ def _index(data: Path, collection: Sides, folder: Path) -> None:
                     written += 1
     if written != len(collection.ids):
         raise PipelineError("data/images lacks images of the index. Run `pipeline evaluate`.")
-    texts, _, vectors = text_vectors(data, "image_id IS NULL", [])
+    texts, _, vectors = load_text_embeddings(data, "image_id IS NULL", [])
     np.save(folder / "texts.npy", vectors.astype(np.float16))
     write_json(folder / "texts.json", texts)
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.core.records import Sample
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.explore import plots, report_charts
@@ -78,11 +78,11 @@ def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
     ((caption, boxes),) = database.connect(data).execute(BOXES, [image_id]).fetchall()
     boxes = {box["text"]: box for box in boxes or []}
     names = list(boxes)
-    texts, _, vectors = text_vectors(
+    texts, _, vectors = load_text_embeddings(
         data, "image_id IS NULL AND list_contains(?::VARCHAR[], text)", [names]
     )
     if not texts:
-        texts, _, vectors = text_vectors(data, "image_id = ?", [image_id])
+        texts, _, vectors = load_text_embeddings(data, "image_id = ?", [image_id])
     found = [(t, v, boxes.get(t)) for t, v in zip(texts, vectors, strict=True)]
     return caption, found[:TEXTS]
 

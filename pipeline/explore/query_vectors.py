@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import stamp_of, teacher_summary
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.views import canonical_view, view_pixels
 from pipeline.explore.search import Query
@@ -91,7 +91,7 @@ class Queries:
         text = text.strip()
         if not text:
             raise PipelineError("the text is empty: write what the images should show.")
-        _, _, vectors = text_vectors(self.data, "trim(text) = ?", [text])
+        _, _, vectors = load_text_embeddings(self.data, "trim(text) = ?", [text])
         if len(vectors):
             return Query(_short(text), vectors[0], vectors[0])
         if self.teacher is None:

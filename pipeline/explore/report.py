@@ -19,7 +19,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import evaluation_of, require_inputs, write_file
 from pipeline.core.records import Evaluation, Metric, Sample
 from pipeline.data import database
-from pipeline.data.embeddings import text_vectors
+from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.pixels import decode
 from pipeline.explore import panels, plots, report_charts
 from pipeline.explore.licenses import licenses
@@ -266,7 +266,7 @@ def _curves(log: Path) -> list[dict]:
 def _searches(collection: Collection, prompts: list[str]) -> list[dict]:
     found = []
     for prompt in prompts:
-        _, _, vectors = text_vectors(collection.data, "trim(text) = ?", [prompt.strip()])
+        _, _, vectors = load_text_embeddings(collection.data, "trim(text) = ?", [prompt.strip()])
         if len(vectors):
             hits = collection.search(Query(prompt, vectors[0], vectors[0]), HITS)
             shared = len({h.image_id for h in hits.student} & {h.image_id for h in hits.teacher})
@@ -300,9 +300,9 @@ SELECT status, count(*) AS count, min(error) FROM images
 GROUP BY status ORDER BY status <> 'ok', count DESC, status
 """
 SPLITS = """
-SELECT place, reason, count(*) AS count
-FROM (SELECT CASE WHEN keep THEN split ELSE 'left out' END AS place, reason FROM selection)
-GROUP BY place, reason ORDER BY place = 'left out', count DESC, place, reason
+SELECT part, reason, count(*) AS count
+FROM (SELECT CASE WHEN keep THEN split ELSE 'left out' END AS part, reason FROM selection)
+GROUP BY part, reason ORDER BY part = 'left out', count DESC, part, reason
 """
 VIEWS = """
 SELECT CASE WHEN view = 0 THEN 'images, whole view' ELSE 'images, view ' || view END, count(*)

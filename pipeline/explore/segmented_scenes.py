@@ -46,7 +46,7 @@ def painted_scenes(
 ) -> list[dict]:
     """Groups of tiles, [{title, tiles}], of the first images that have masks.
 
-    found: what `segmentation_figures` says, whose thresholds are used; [] where nothing was judged.
+    found: what `segmentation_metrics` says, whose thresholds are used; [] where nothing was judged.
     """
     if "mIoU" not in found:
         return []

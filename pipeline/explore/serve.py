@@ -108,7 +108,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 def make_app(data: Path, card: Path | None, hosts: list[str], token: str) -> FastAPI:
     """The pages, below /token/, for requests that name one of hosts and come from no other site."""
-    rooms = _Rooms(data, card)
+    shown = _Pages(data, card)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     source = files("pipeline.explore").joinpath("serve.html").read_text(encoding="utf-8")
@@ -128,30 +128,30 @@ def make_app(data: Path, card: Path | None, hosts: list[str], token: str) -> Fas
 
     @pages.get("/", response_class=HTMLResponse)
     def results(q: str = "") -> HTMLResponse:
-        values = {"text": q, "hits": None, "look": None, "error": None, "images": len(rooms)}
+        values = {"text": q, "hits": None, "look": None, "error": None, "images": len(shown)}
         try:
-            values["hits"] = rooms.search(q) if q.strip() else None
+            values["hits"] = shown.search(q) if q.strip() else None
         except PipelineError as error:
             return HTMLResponse(page.render(values | {"error": str(error)}), status_code=400)
         return HTMLResponse(page.render(values))
 
     @pages.get("/look/{image_id}", response_class=HTMLResponse)
     def look(image_id: str, q: str) -> HTMLResponse:
-        found = _or_404(rooms.look, image_id, q)
-        values = {"text": q, "hits": None, "look": found, "error": None, "images": len(rooms)}
+        panel = _or_404(shown.look, image_id, q)
+        values = {"text": q, "hits": None, "look": panel, "error": None, "images": len(shown)}
         return HTMLResponse(page.render(values))
 
     @pages.get("/image/{image_id}")
     def image(image_id: str) -> Response:
-        return Response(_or_404(rooms.jpg, image_id), media_type="image/jpeg")
+        return Response(_or_404(shown.jpg, image_id), media_type="image/jpeg")
 
     @pages.get("/map/{image_id}")
     def text_map(image_id: str, q: str) -> Response:
-        return Response(_or_404(rooms.text_map, image_id, q), media_type="image/png")
+        return Response(_or_404(shown.text_map, image_id, q), media_type="image/png")
 
     @pages.get("/weights/{image_id}")
     def weights_map(image_id: str) -> Response:
-        return Response(_or_404(rooms.weights_map, image_id), media_type="image/png")
+        return Response(_or_404(shown.weights_map, image_id), media_type="image/png")
 
     app.include_router(pages)
     return app
@@ -168,7 +168,7 @@ def _or_404(answer: Callable[..., Any], *arguments: str) -> Any:
         raise HTTPException(404, str(error)) from None
 
 
-class _Rooms:
+class _Pages:
     """What the pages show; one request at a time uses the networks."""
 
     def __init__(self, data: Path, card: Path | None) -> None:
@@ -224,8 +224,8 @@ class _Rooms:
     def _view(self, image_id: str) -> tuple[np.ndarray, PatchView]:
         image, student = decode(self.jpg(image_id)), self.queries.student
         with self.lock:
-            seen = student_view(student, self.queries.view(image, student.config.image_size))
-        return self.queries.view(image, SHOWN), seen
+            view = student_view(student, self.queries.view(image, student.config.image_size))
+        return self.queries.view(image, SHOWN), view
 
     def _query(self, text: str) -> Query:
         with self.lock:

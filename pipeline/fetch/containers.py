@@ -129,8 +129,8 @@ def _samples(path: Path, url: str) -> Iterator[dict]:
                     sample, key = {}, (folder, stem)
                 kind = kind.lower()
                 if kind in IMAGES and "url" not in sample:
-                    place = f"@{member.offset_data}+{member.size}"
-                    sample["url"] = f"{url}!/{quote(member.name)}{place}"
+                    extent = f"@{member.offset_data}+{member.size}"
+                    sample["url"] = f"{url}!/{quote(member.name)}{extent}"
                 elif kind in ("txt", "json", "cls") and member.size <= SIDE_FILE:
                     sample[kind] = tar.extractfile(member).read()  # ty: ignore[missing-union-attribute]
             yield from _finished(sample)

@@ -31,7 +31,7 @@ TIFF_COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "packbits", 32946
 MOST_SCANS = 64  # of a JPEG; a camera writes 1, a progressive encoder about 10
 LARGEST_TILE = 1 << 20  # px of a TIFF's tile, where the image itself is smaller
 ROOM_BYTES = 1 << 16  # of a kept JPEG beyond 3 a pixel: profile, EXIF and its thumbnail
-_BAND_PX = 1 << 22  # of 16 bits or more that are lowered to 8 at once
+_BAND_PX = 1 << 22  # of 16 bits or more that are cast to 8 at once
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

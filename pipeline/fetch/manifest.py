@@ -227,14 +227,14 @@ WITH mine AS (
     SELECT image_id, position, captions, boxes FROM written
     WHERE image_id IN (SELECT image_id FROM keys WHERE occurrence = 1) AND image_id <> '{no_url}'
 ), texts AS (
-    SELECT image_id, text, row_number() OVER (PARTITION BY image_id ORDER BY min(place)) AS n
+    SELECT image_id, text, row_number() OVER (PARTITION BY image_id ORDER BY min(source_position)) AS n
     FROM (SELECT image_id, unnest(captions) AS text,
-                 position * 1000000 + generate_subscripts(captions, 1) AS place FROM mine)
+                 position * 1000000 + generate_subscripts(captions, 1) AS source_position FROM mine)
     GROUP BY image_id, text
 ), areas AS (
-    SELECT image_id, box, row_number() OVER (PARTITION BY image_id ORDER BY min(place)) AS n
+    SELECT image_id, box, row_number() OVER (PARTITION BY image_id ORDER BY min(source_position)) AS n
     FROM (SELECT image_id, unnest(boxes) AS box,
-                 position * 1000000 + generate_subscripts(boxes, 1) AS place FROM mine)
+                 position * 1000000 + generate_subscripts(boxes, 1) AS source_position FROM mine)
     GROUP BY image_id, box
 )
 SELECT image_id AS key, captions, boxes

@@ -34,7 +34,7 @@ FAITHFUL = 0.999  # least cosine per row between bfloat16 and float32
 
 
 class Teacher:
-    """open_clip's two towers, frozen, at float32 unless `lowered`.
+    """open_clip's two towers, frozen, at float32 unless `cast`.
 
     preprocessing: the model's own; embedding_size: E.
 
@@ -66,7 +66,7 @@ class Teacher:
         """S, px."""
         return self.preprocessing.image_size
 
-    def lowered(self, dtype: torch.dtype) -> "Teacher":
+    def cast(self, dtype: torch.dtype) -> "Teacher":
         """The same teacher in another dtype; this one stays as it is."""
         if dtype == self.dtype:
             return self

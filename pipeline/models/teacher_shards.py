@@ -62,7 +62,7 @@ def good_shas(shard: Path) -> set[str]:
     }
 
 
-def text_vectors(
+def load_text_embeddings(
     teacher: Teacher, texts: Iterable[str], batch: int, known: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Each distinct text -> (E,) float16."""
@@ -85,7 +85,7 @@ def _good_rows(
 ) -> list[dict]:
     """Facts and all views' boxes of the good images of one row group."""
     rows = file.read_row_group(group, columns=FACTS).to_pylist()
-    good = [row | {"place": i} for i, row in enumerate(rows) if row["status"] == "ok"]
+    good = [row | {"row": i} for i, row in enumerate(rows) if row["status"] == "ok"]
     for row in good:
         content = row["sha256"], row["width"], row["height"]
         own = canonical_view(*content[1:], teacher.preprocessing.resize_mode, teacher.image_size)
@@ -118,7 +118,7 @@ def _jobs(
             queued.update(missing)
             if jpgs is None:
                 jpgs = file.read_row_group(g, columns=["jpg"])["jpg"]
-            yield missing, [row["views"][v] for _, v in missing], jpgs[row["place"]].as_py()
+            yield missing, [row["views"][v] for _, v in missing], jpgs[row["row"]].as_py()
 
 
 def _preparer(teacher: Teacher) -> Callable:

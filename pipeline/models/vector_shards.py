@@ -24,7 +24,7 @@ from pipeline.data import pixels, shards, views
 from pipeline.data.earlier import EarlierRows
 from pipeline.data.texts import text_id
 from pipeline.models.teacher import TEXTS_VERSION, Teacher, teacher_libraries
-from pipeline.models.teacher_shards import Known, good_shas, text_vectors, view_tables
+from pipeline.models.teacher_shards import Known, good_shas, load_text_embeddings, view_tables
 
 STAGE = "teacher_embed"
 PROMPTS = "texts/prompts.parquet"
@@ -109,7 +109,7 @@ class VectorShards:
         groups = _in_groups(self.prompts) if name == PROMPTS else _captions(self._source(name))
         texts = list(dict.fromkeys(text for rows in groups for _, text in rows))
         known = self._known_texts(texts)
-        found = text_vectors(self.teacher, texts, self.config.batch, known)
+        found = load_text_embeddings(self.teacher, texts, self.config.batch, known)
         size = self.teacher.embedding_size
         tables = [_text_table(rows, found, size) for rows in groups]
         drift = self._drift("text", texts[:PROBE])
@@ -131,7 +131,7 @@ class VectorShards:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return self._exact.lowered(getattr(torch, self.config.dtype))
+        return self._exact.cast(getattr(torch, self.config.dtype))
 
     @cached_property
     def _exact(self) -> Teacher:

@@ -151,8 +151,8 @@ class Trainer:
             return (self.fast if complete else self.network)(pixels, *changes)
 
     def _autocast(self) -> torch.autocast:
-        lowered = self.config.precision == "bfloat16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=lowered)
+        half = self.config.precision == "bfloat16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=half)
 
     def read(self) -> list[dict]:
         """What the steps since the last call did: step, loss, its terms, gradient_norm,

@@ -91,23 +91,23 @@ def summary_findings(data: Path, stamps: Stamps) -> list[Finding]:
     """What later stages read in a stamp's summary is what the files say."""
     findings, claims = [], {}
     promise = "a stamp's summary is what its files say"
-    for room, name in (("student", "training.json"), ("evaluation", "metrics.json")):
-        if room in stamps:
-            claims[room] = json.loads((data / room / name).read_text())
+    for folder, name in (("student", "training.json"), ("evaluation", "metrics.json")):
+        if folder in stamps:
+            claims[folder] = json.loads((data / folder / name).read_text())
     if "teacher" in stamps:
         claims["teacher"] = _teacher_claims(data, stamps["teacher"])
-    for room, claim in claims.items():
-        summary = stamps[room].summary
+    for folder, claim in claims.items():
+        summary = stamps[folder].summary
         if wrong := [key for key in claim if summary.get(key) != claim[key]]:
             found = f"another {', '.join(wrong)}"
-            place = f"{room}/{STAMP_FILE}"
-            findings.append(Finding(promise, place, found, remade(data, room)))
-        elif room == "teacher":
+            place = f"{folder}/{STAMP_FILE}"
+            findings.append(Finding(promise, place, found, remade(data, folder)))
+        elif folder == "teacher":
             try:
-                summary_of(stamps[room])
+                summary_of(stamps[folder])
             except PipelineError as error:
-                place = f"{room}/{STAMP_FILE}"
-                findings.append(Finding(promise, place, str(error), remade(data, room)))
+                place = f"{folder}/{STAMP_FILE}"
+                findings.append(Finding(promise, place, str(error), remade(data, folder)))
     return findings
 
 
@@ -128,17 +128,19 @@ def _teacher_claims(data: Path, stamp: Stamp) -> dict[str, Any]:
 def file_findings(data: Path, stamps: Stamps, progress: Progress) -> list[Finding]:
     """Every file of a stamp is there with its bytes, is readable, and there is no other."""
     findings = []
-    for room, stamp in stamps.items():
+    for folder, stamp in stamps.items():
         for name, file in stamp.files.items():
-            if found := _damage(data / room / name, file.sha256):
+            if found := _damage(data / folder / name, file.sha256):
                 promise = "every file has the bytes of its stamp"
-                findings.append(Finding(promise, f"{room}/{name}", found, remade(data, room)))
+                findings.append(Finding(promise, f"{folder}/{name}", found, remade(data, folder)))
             progress(file.bytes)
-        files = {str(p.relative_to(data / room)) for p in (data / room).rglob("*") if p.is_file()}
+        files = {
+            str(p.relative_to(data / folder)) for p in (data / folder).rglob("*") if p.is_file()
+        }
         for name in sorted(files - {STAMP_FILE, *stamp.files}):
-            promise = "a room holds its stage's files and no others"
-            run = f"mv {data / room / name} elsewhere"
-            findings.append(Finding(promise, f"{room}/{name}", "no stage wrote it", run))
+            promise = "a folder holds its stage's files and no others"
+            run = f"mv {data / folder / name} elsewhere"
+            findings.append(Finding(promise, f"{folder}/{name}", "no stage wrote it", run))
     for path in sorted(data.glob("runs/*.parquet")):
         if found := _damage(path, None):
             promise = "every finished run is on record"
@@ -262,7 +264,7 @@ def _wrong_with(row: dict) -> str | None:
     return None
 
 
-def vector_findings(data: Path, room: str, stamp: Stamp, size: int) -> list[Finding]:
+def vector_findings(data: Path, folder: str, stamp: Stamp, size: int) -> list[Finding]:
     """Embeddings of data/teacher or of the student's index: finite and of unit length."""
     findings = []
     schemas = {
@@ -271,7 +273,7 @@ def vector_findings(data: Path, room: str, stamp: Stamp, size: int) -> list[Find
         "index": shards.index_schema(size),
     }
     for name in stamp.files:
-        kind, path, faults = name.split("/")[0], data / room / name, {}
+        kind, path, faults = name.split("/")[0], data / folder / name, {}
         if not name.endswith(".parquet"):
             continue
         for table in _groups(path) if _has_schema(path, schemas[kind], faults) else ():
@@ -288,7 +290,7 @@ def vector_findings(data: Path, room: str, stamp: Stamp, size: int) -> list[Find
             ):
                 if rows.any():
                     faults[fault] = [names[i] for i in np.flatnonzero(rows)]
-        findings += _of_file(data, room, name, "embeddings are finite, of unit length", faults)
+        findings += _of_file(data, folder, name, "embeddings are finite, of unit length", faults)
     return findings
 
 
@@ -306,10 +308,10 @@ def provenance_findings(data: Path, stamps: Stamps) -> list[Finding]:
     return findings
 
 
-def _of_file(data: Path, room: str, name: str, promise: str, faults: dict) -> list[Finding]:
+def _of_file(data: Path, folder: str, name: str, promise: str, faults: dict) -> list[Finding]:
     """One finding per kind of fault, with how many rows and an example."""
     return [
-        Finding(promise, f"{room}/{name}", f"{fault} ({_some(rows)})", remade(data, room))
+        Finding(promise, f"{folder}/{name}", f"{fault} ({_some(rows)})", remade(data, folder))
         for fault, rows in faults.items()
     ]
 

@@ -1,6 +1,6 @@
 """Promises about sets of rows, asked of DuckDB: rows in = rows out, one split per content, ...
 
-Each question selects what breaks a promise, so that the right answer is no rows. DuckDB spills to
+Each check selects what breaks a promise, so that the right answer is no rows. DuckDB spills to
 disk, so memory stays bounded however many shards there are.
 """
 
@@ -29,42 +29,42 @@ SAME_PIXELS = 1.0  # mean difference, of 255, below which two crops show the sam
 GROUPS = 100  # of equal embeddings that are looked at
 
 
-class Question(NamedTuple):
+class Check(NamedTuple):
     """sql selects one name per row that breaks the promise."""
 
     promise: str
-    room: str  # to be made anew
+    folder: str  # to be made anew
     tables: tuple[str, ...]
     sql: str
 
 
 ALWAYS = [
-    Question(
+    Check(
         "row_id is unique",
         "images",
         ("images",),
         "SELECT row_id FROM images GROUP BY row_id HAVING count(*) > 1",
     ),
-    Question(
+    Check(
         "an image is fetched once",
         "images",
         ("images",),
         "SELECT image_id FROM images WHERE status = 'ok' GROUP BY image_id HAVING count(*) > 1",
     ),
-    Question(
+    Check(
         "a view is embedded once",
         "teacher",
         ("teacher",),
         "SELECT image_id FROM teacher GROUP BY image_id, view HAVING count(*) > 1",
     ),
-    Question(
+    Check(
         "a teacher row is of a good image's very JPEG",
         "teacher",
         ("images", "teacher"),
         "SELECT image_id FROM teacher ANTI JOIN (FROM images WHERE status = 'ok') "
         "USING (image_id, sha256)",
     ),
-    Question(
+    Check(
         "crop boxes lie inside their images",
         "teacher",
         ("images", "teacher"),
@@ -72,13 +72,13 @@ ALWAYS = [
         'coalesce(0 <= "left" AND "left" < "right" AND "right" <= width '
         "AND 0 <= top AND top < bottom AND bottom <= height, false)",
     ),
-    Question(
+    Check(
         "a text is embedded once",
         "teacher",
         ("texts",),
         "SELECT text FROM texts GROUP BY text_id, text HAVING count(*) > 1",
     ),
-    Question(
+    Check(
         "every image is selected or left out, once",
         "selection",
         ("images", "selection"),
@@ -86,42 +86,42 @@ ALWAYS = [
         "FULL JOIN (SELECT image_id, count(*) AS n FROM selection GROUP BY image_id) b "
         "USING (image_id) WHERE a.n IS DISTINCT FROM b.n",
     ),
-    Question(
+    Check(
         "what is left out has a reason, what is kept a split",
         "selection",
         ("selection",),
         "SELECT image_id FROM selection WHERE keep IS NULL OR keep <> (reason IS NULL) "
         "OR (keep AND coalesce(split NOT IN ('train', 'val', 'test'), true))",
     ),
-    Question(
+    Check(
         "a duplicate names the image that is kept for it",
         "selection",
         ("selection",),
         "SELECT image_id FROM selection a WHERE duplicate_of IS NOT NULL AND NOT EXISTS "
         "(FROM selection b WHERE b.image_id = a.duplicate_of AND b.keep)",
     ),
-    Question(
+    Check(
         "a content is in one split",
         "selection",
         ("images", "selection"),
         "SELECT min(image_id) FROM images JOIN selection USING (image_id) WHERE status = 'ok' "
         "GROUP BY sha256_original HAVING count(DISTINCT split) > 1",
     ),
-    Question(
+    Check(
         "a content is kept once",
         "selection",
         ("images", "selection"),
         "SELECT min(image_id) FROM images JOIN selection USING (image_id) "
         "WHERE status = 'ok' AND keep GROUP BY sha256_original HAVING count(DISTINCT image_id) > 1",
     ),
-    Question(
+    Check(
         "every kept image is good and has a vector",
         "selection",
         ("images", "teacher", "selection"),
         "SELECT image_id FROM selection ANTI JOIN (SELECT image_id FROM images JOIN teacher "
         "USING (image_id) WHERE status = 'ok' AND view = 0) USING (image_id) WHERE keep",
     ),
-    Question(
+    Check(
         "the index holds exactly the kept images",
         "evaluation",
         ("selection", "student_index"),
@@ -132,21 +132,21 @@ ALWAYS = [
 ]
 
 EMBEDDED = [  # of a teacher that ran here
-    Question(
+    Check(
         "every good image has every view",
         "teacher",
         ("images", "teacher"),
         "SELECT image_id FROM (SELECT image_id, unnest(range($views))::INT AS view FROM images "
         "WHERE status = 'ok') ANTI JOIN teacher USING (image_id, view)",
     ),
-    Question(
+    Check(
         "every caption is embedded",
         "teacher",
         ("images", "texts"),
         "SELECT text FROM (SELECT image_id, unnest(captions) AS text FROM images) "
         "ANTI JOIN texts USING (image_id, text)",
     ),
-    Question(
+    Check(
         "every text of a box is embedded",
         "teacher",
         ("images", "texts"),
@@ -156,7 +156,7 @@ EMBEDDED = [  # of a teacher that ran here
 ]
 
 OF_OTHERS = [  # of imported embeddings
-    Question(
+    Check(
         "a good image without a vector is left out as `no embedding`",
         "selection",
         ("images", "teacher", "selection"),
@@ -180,23 +180,23 @@ def connection_over(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
 def set_findings(
     data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection
 ) -> Iterator[Finding]:
-    """One finding per question whose answer is not empty. stamps: of sound rooms only."""
-    questions = list(ALWAYS)
+    """One finding per check whose answer is not empty. stamps: of sound folders only."""
+    checks = list(ALWAYS)
     if "teacher" in stamps:
-        questions += OF_OTHERS if stamps["teacher"].stage == IMPORTED else EMBEDDED
+        checks += OF_OTHERS if stamps["teacher"].stage == IMPORTED else EMBEDDED
         parameters = {"views": stamps["teacher"].summary["views"]}
-    for question in questions:
-        if not all(TABLES[table][0] in stamps for table in question.tables):
+    for check in checks:
+        if not all(TABLES[table][0] in stamps for table in check.tables):
             continue
-        mine = parameters if "$views" in question.sql else None
-        sql = f"SELECT count(*), min(name) FROM ({question.sql}) AS broken(name)"
+        mine = parameters if "$views" in check.sql else None
+        sql = f"SELECT count(*), min(name) FROM ({check.sql}) AS broken(name)"
         try:
             ((count, example),) = connection.execute(sql, mine).fetchall()
             found = f"not so for {count}, such as {example}"
         except duckdb.Error as error:
             count, found = 1, str(error).strip().splitlines()[0]
         if count:
-            yield Finding(question.promise, question.room, found, remade(data, question.room))
+            yield Finding(check.promise, check.folder, found, remade(data, check.folder))
     if "selection" in stamps:
         yield from _counts(data, stamps, connection)
     if {"images", "teacher"} <= stamps.keys():

@@ -47,7 +47,7 @@ def verify(
     recompute: share of images and texts, in (0, 1], that the teacher of `card` embeds again (at
     least one of each); the same share means the same rows. workers: threads that decode. forgotten:
     what must not be held anywhere below data/.
-    Rooms whose stage has not run are passed over; of a damaged room only the damage is reported.
+    Folders whose stage has not run are passed over; of a damaged folder only the damage is reported.
 
     Raises PipelineError: nothing there at all, and recomputing without the teacher that was used.
     """
@@ -69,8 +69,8 @@ def verify(
             findings += files.image_findings(data, sound["images"], bar.update, workers)
     if "teacher" in sound:
         size = summary_of(sound["teacher"]).embedding_size
-        for room in sound.keys() & {"teacher", "evaluation"}:
-            findings += files.vector_findings(data, room, sound[room], size)
+        for folder in sound.keys() & {"teacher", "evaluation"}:
+            findings += files.vector_findings(data, folder, sound[folder], size)
         if "images" in sound:
             findings += files.provenance_findings(data, sound)
     findings += [*_student(data, sound), *_metrics(data, sound)]
@@ -97,18 +97,18 @@ def _bytes(stamp: Stamp) -> int:
 
 
 def _sound(stamps: Stamps, findings: list[Finding]) -> Stamps:
-    """Rooms with no finding inside a file: of the others SQL would only repeat the damage."""
+    """Folders with no finding inside a file: of the others SQL would only repeat the damage."""
     inside = {f.place.split("/")[0] for f in findings if "/" in f.place}
-    return {room: stamp for room, stamp in stamps.items() if room not in inside}
+    return {folder: stamp for folder, stamp in stamps.items() if folder not in inside}
 
 
 def _student(data: Path, stamps: Stamps) -> Iterator[Finding]:
     """The student loads, is finite, and is the one that its recipe describes."""
     if "student" not in stamps:
         return
-    promise, room = "the student loads, is finite and fits its recipe", data / "student"
+    promise, folder = "the student loads, is finite and fits its recipe", data / "student"
     try:
-        student, card = Student.load(room), read_card(room)
+        student, card = Student.load(folder), read_card(folder)
     except PipelineError as error:
         yield Finding(promise, "student", str(error), remade(data, "student"))
         return
@@ -169,7 +169,7 @@ def _recomputed(
 
     summary = summary_of(stamp)
     batch = summary.batch or 1  # of an imported teacher there is none, and nothing to recompute
-    teacher = teacher.lowered(getattr(torch, summary.dtype))
+    teacher = teacher.cast(getattr(torch, summary.dtype))
     for table, key, sql, embed in (
         ("teacher", "image_id", IMAGES, embed_images),
         ("texts", "text_id", TEXTS, embed_texts),

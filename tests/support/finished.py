@@ -1,4 +1,4 @@
-"""The small world after every stage, for tests that break it."""
+"""The small world after every stage, for tests that look at it or break a copy."""
 
 import shutil
 from pathlib import Path
@@ -23,14 +23,10 @@ def distill_config(**changes) -> DistillConfig:
     return DistillConfig(**demo | few | {"student": STUDENT} | changes)
 
 
-def evaluate_config() -> EvaluateConfig:
-    return EvaluateConfig(
-        split="test",
-        batch=16,
-        prompts=["a red circle"],
-        templates=str(worlds.TEMPLATES),
-        segmentation=worlds.segmentation(),
-    )
+def evaluate_config(**changes) -> EvaluateConfig:
+    values = {"split": "test", "batch": 16, "prompts": ["a red circle", "never embedded"]}
+    values |= {"templates": str(worlds.TEMPLATES), "segmentation": worlds.segmentation()}
+    return EvaluateConfig(**values | changes)
 
 
 @pytest.fixture(scope="session")

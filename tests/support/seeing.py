@@ -1,14 +1,10 @@
-"""Worlds to search and look at: one written by hand, whose answers are known, and one that went
-through every stage.
-"""
+"""A world to search and look at that is written by hand, so that its answers are known."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.config import DistillConfig, EvaluateConfig
 from pipeline.data import shards
 from support import worlds
 
@@ -62,45 +58,3 @@ def _table(schema: pa.Schema, rows: list[dict]) -> pa.Table:
         else:
             columns[field.name] = pa.array(values, field.type)
     return pa.table(columns)
-
-
-_finished: dict[Path, Path] = {}
-
-
-def finished(small_world: worlds.World, folder: Path) -> Path:
-    """data/ of the small world after all five stages; made once a session, not to be changed."""
-    if small_world.data not in _finished:
-        from stages.distill import distill
-        from stages.evaluate import evaluate
-        from stages.select import select
-
-        data = folder / "data"
-        shutil.copytree(small_world.data, data)
-        select(worlds.select_config(val=0.2, test=0.4), data)
-        distill(distill_config(), data, device="cpu", workers=1)
-        evaluate(evaluate_config(), data, device="cpu", workers=1)
-        _finished[small_world.data] = data
-    return _finished[small_world.data]
-
-
-def distill_config() -> DistillConfig:
-    student = {
-        "image_size": worlds.IMAGE_SIZE, "patch_size": 8, "embedding_size": worlds.EMBEDDING_SIZE,
-        "heads": 4, "layers": 2, "neighbourhood_mask": False, "same_norm": True,
-        "pool": "extra-head", "temperature": 1.0,
-    }  # fmt: skip
-    loss = {"l1": 1.0, "cosine": 0.0, "relational": 0.0, "caption": 0.0}
-    return DistillConfig(
-        student=student, image_sizes=[worlds.IMAGE_SIZE],
-        loss=loss, relational_scale=20.0, views=1, color_jitter=0.0,
-        min_crop_area=1.0, mixup=0.0, fixed_stem_frequencies=0, steps=4, batch=8,
-        learning_rate=0.01, schedule="cosine", warmup=0, weight_decay=0.0, max_grad_norm=1.0, ema=0.0,
-        precision="float32", validate_every=2, shuffle_row_groups=4, seed=0, init=None,
-        max_skipped_steps=0, early_stopping=0,
-    )  # fmt: skip
-
-
-def evaluate_config(**changes) -> EvaluateConfig:
-    values = {"split": "test", "batch": 8, "prompts": ["a red circle", "never embedded"]}
-    values |= {"templates": str(worlds.TEMPLATES), "segmentation": worlds.segmentation()}
-    return EvaluateConfig(**values | changes)

@@ -182,14 +182,14 @@ class World:
     rows: list[dict]
 
 
-def forge_stamp(room: Path, change: Callable[[dict], object]) -> None:
-    """Edit the stamp of a finished room in place, under a digest that fits."""
+def forge_stamp(stage_folder: Path, change: Callable[[dict], object]) -> None:
+    """Edit the stamp of a finished stage in place, under a digest that fits."""
     from pipeline.core.layout import STAMP_FILE
     from pipeline.core.provenance import sealed, write_json
 
-    stamp = json.loads((room / STAMP_FILE).read_text())
+    stamp = json.loads((stage_folder / STAMP_FILE).read_text())
     change(stamp)
-    write_json(room / STAMP_FILE, sealed(stamp))  # a new file: a hard link leads elsewhere
+    write_json(stage_folder / STAMP_FILE, sealed(stamp))  # a new file: a hard link leads elsewhere
 
 
 def write_params(path: Path, **sections) -> Path:
