@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import browser
+from support import browser, worlds
+from support import server as web
 
 from pipeline.core.errors import PipelineError
 
@@ -167,18 +168,50 @@ def test_each_start_draws_a_token_of_its_own(data, monkeypatch):
     assert tokens[0] != tokens[1]
 
 
-def test_another_page_in_the_browser_cannot_tell_whether_an_image_is_here(site, data, tmp_path):
-    """An <img> of a page on another port: with the token missing both fail, with it both too."""
+PROBE = """
+const done = arguments[arguments.length - 1];
+const loaded = (tag, key) => url => new Promise(tell => {
+    const element = document.createElement(tag);
+    if (tag == 'link') element.rel = 'stylesheet';
+    element.onload = () => tell('loaded'); element.onerror = () => tell('failed');
+    element[key] = url; document.body.append(element);
+});
+const fetched = mode => url => fetch(url, {mode}).then(() => 'loaded', () => 'failed');
+const timed = url => fetch(url, {mode: 'no-cors'}).catch(() => 0).then(() => {
+    const entry = performance.getEntriesByName(url).at(-1);
+    return entry ? [entry.responseStatus, entry.encodedBodySize].join() : 'nothing';
+});
+const probes = [loaded('img', 'src'), loaded('script', 'src'), loaded('link', 'href'),
+                loaded('object', 'data'), fetched('no-cors'), fetched('cors'), timed];
+const ask = async url => { const told = []; for (const probe of probes) told.push(await Promise.race(
+    [probe(url), new Promise(tell => setTimeout(tell, 3000, 'nothing'))])); return told; };
+Promise.all(arguments[0].map(ask)).then(done);
+"""
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_another_page_in_the_browser_cannot_tell_whether_an_image_is_here(
+    site, data, tmp_path, name
+):
+    """A page of another port, for the browser the same site or another one, embeds and asks in every
+    way it knows: an image that is there and one that is not answer alike, and none is shown."""
     key = Collection(data).search(Queries(data).text("a red circle"), 1).student[0].image_id
     root = site.removesuffix(f"/{TOKEN}")
-    images = [f"{root}/image/{key}", f"{root}/image/none", f"{site}/image/{key}"]
-    page = "".join(f"<img src='{url}' onload='this.alt=1' onerror='this.alt=2'>" for url in images)
-    (tmp_path / "evil.html").write_text(page)
-    with browser.chromium(tmp_path, width=800) as driver:
-        driver.get((tmp_path / "evil.html").as_uri())
-        script = """const done = arguments[0], images = [...document.images];
-            setTimeout(() => done(images.map(i => i.naturalWidth)), 1500)"""
-        assert driver.execute_async_script(script) == [0, 0, 0]
+    pages = {"/": web.body(b"<!doctype html><body>", Content_Type="text/html")}
+    pages |= {"/own.jpg": web.body(worlds.picture(0, kind="JPEG"), Content_Type="image/jpeg")}
+    with web.serve(pages) as evil, browser.chromium(tmp_path, width=800) as driver:
+        driver.get(evil.url("/", name))
+        urls = [f"{place}/image/{which}" for place in (root, site) for which in (key, "none")]
+        *asked, own = driver.execute_async_script(PROBE, [*urls, evil.url("/own.jpg", name)])
+        assert own[0] == own[4] == "loaded", "the page could tell, were it told"
+        assert asked[0] == asked[1] and asked[2] == asked[3]
+        assert all("loaded" not in told for told in asked), asked
+        driver.get(f"{site}/")
+        shown = driver.execute_async_script(
+            "const i = new Image(), done = arguments[1]; i.onload = () => done(i.naturalWidth);"
+            "i.onerror = () => done(0); i.src = arguments[0]", f"{site}/image/{key}"
+        )  # fmt: skip
+        assert shown > 0, "the local page itself is told"
 
 
 def test_nothing_comes_from_elsewhere(site):
