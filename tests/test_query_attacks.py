@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import worlds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.database import ask, confined
@@ -201,6 +202,42 @@ def test_no_statement_does_anything_however_it_comes_in(world, kind, way):
 @pytest.mark.parametrize("sql", READS)
 def test_a_select_reads_nothing_but_the_tables(world, sql):
     assert attack(world, sql.format(**world)).startswith("refused")
+
+
+CALLS = """
+import sys
+from pathlib import Path
+import duckdb
+from pipeline.data.database import confined, ask
+data, secret = Path(sys.argv[1]), sys.argv[2]
+VALUES = {"BIGINT": "1", "INTEGER": "1", "UBIGINT": "1", "BOOLEAN": "true", "POINTER": "1::POINTER",
+          "VARCHAR[]": f"['{secret}']", "BLOB": "'a'::BLOB"}
+functions = duckdb.sql("SELECT DISTINCT function_name, function_type, parameter_types FROM duckdb_functions()"
+    " WHERE function_type IN ('table', 'table_macro', 'pragma', 'scalar', 'macro')").fetchall()
+calls = set()
+for name, kind, types in functions:
+    fitting = ", ".join(VALUES.get(kind, f"'{secret}'") for kind in types or [])
+    if name.isidentifier() and kind in ("scalar", "macro"):
+        calls.add(f"SELECT {name}({fitting})")
+    elif name.isidentifier():
+        for given in (fitting, f"'{secret}'", "", "1", "1, 2, 3", "1::POINTER, 2::POINTER, 3::POINTER"):
+            calls.add(f"SELECT * FROM {name}({given}) LIMIT 5")
+connection = confined(data)
+for sql in sorted(calls):
+    try:
+        print(repr(ask(connection, sql).fetchmany(50)))
+    except Exception as error:
+        print("refused", error)
+print(len(calls))
+"""
+
+
+def test_no_function_of_duckdb_reads_or_writes_a_file_or_brings_the_process_down(world):
+    """Every one that it knows, with a path, numbers, and addresses in memory for arguments."""
+    before = everything(world["d"].parent)
+    output, errors = worlds.run_code(CALLS, world["d"], world["s"]).communicate(timeout=300)
+    assert int(output.splitlines()[-1]) > 1000, errors
+    assert SECRET not in output and everything(world["d"].parent) == before
 
 
 @pytest.mark.parametrize(
