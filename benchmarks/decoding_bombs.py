@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import bombs, worlds  # noqa: E402
 
-from pipeline.fetch.decoder import _ENVIRONMENT, Decoder  # noqa: E402
 from pipeline.fetch.decoding import canonical_jpeg  # noqa: E402
-from pipeline.fetch.http import Opener  # noqa: E402
+from pipeline.fetch.decoding_process import _ENVIRONMENT, Decoder  # noqa: E402
+from pipeline.fetch.http import HttpClient  # noqa: E402
 from pipeline.fetch.journal import JournalWriter  # noqa: E402
 from pipeline.fetch.policy import FetchError, FetchRules  # noqa: E402
 
@@ -92,7 +92,7 @@ def cost_of_the_child(width: int, height: int, count: int = 300) -> np.ndarray:
     """(count, 3) ms of processor: one image decoded here, by way of the child, and all the rest
     that a download does to it (fetching, hashing, the journal). In turns, after 20 to get warm."""
     files = [worlds.picture(i, width, height, "JPEG", quality=92) for i in range(20)]
-    decoder, opener, taken = Decoder(*LIMITS), Opener(rules()), []
+    decoder, client, taken = Decoder(*LIMITS), HttpClient(rules()), []
     decoder.canonical_jpeg(files[0])
     with served(files) as urls, tempfile.TemporaryDirectory() as folder:
         journal = JournalWriter(0, folder, False, 5, None, "jpg")
@@ -104,7 +104,7 @@ def cost_of_the_child(width: int, height: int, count: int = 300) -> np.ndarray:
             decoder.canonical_jpeg(data)
             way = time.process_time() - start
             there, start = way + seconds_of(decoder) - before, time.process_time()
-            body = opener.open(Request(urls[i % 20])).read()
+            body = client.open(Request(urls[i % 20])).read()
             meta = {"image_id": str(i), "sha256": hashlib.sha256(body).hexdigest()}
             journal.write(jpg, None, None, meta)
             taken.append((times[1] - times[0], there, time.process_time() - start))

@@ -8,7 +8,7 @@ import pytest
 from support import bombs
 from support import server as web
 from test_fetch import picture, rules
-from test_policy import opener, why_not
+from test_policy import client, why_not
 
 from pipeline.fetch import hosts, img2dataset_child
 from pipeline.fetch.hosts import BUDGET, EARNED, QUICK_FAILURE, Hosts
@@ -77,7 +77,7 @@ def test_the_slowest_hosts_are_named_with_their_seconds_dearest_first():
 def test_a_host_that_drips_is_put_off_and_another_is_fetched_meanwhile():
     """40 URLs of one host that drips for minutes; without a budget they hold 8 threads for 10 s."""
     with web.serve({"/drip": web.drip(b"x" * 10_000, 0.05), "/good": b"image"}) as site:
-        shared, statuses = opener(timeout_s=0.5, per_host=2, allow=("127.0.0.1", "localhost")), []
+        shared, statuses = client(timeout_s=0.5, per_host=2, allow=("127.0.0.1", "localhost")), []
 
         def fetch(url: str) -> None:
             try:
@@ -105,7 +105,7 @@ def test_a_host_that_drips_is_put_off_and_another_is_fetched_meanwhile():
 
 def test_a_host_that_is_put_off_is_not_asked_again_in_this_run():
     with web.serve({"/": web.status(500)}) as site:
-        shared = opener(timeout_s=4.0)
+        shared = client(timeout_s=4.0)
         for _ in range(40):
             with pytest.raises(FetchError, match="server_error"):
                 shared.open(Request(site.url("/")))
@@ -140,7 +140,7 @@ def test_a_slow_robots_txt_at_every_redirect_costs_the_urls_own_time():
 
 def test_a_robots_txt_that_never_comes_is_asked_as_often_as_a_url_is_tried_and_then_no_more():
     with web.serve({"/robots.txt": web.never, "/a": b"image"}) as site:
-        shared = opener(respect_robots=True, timeout_s=0.5, retries=1)
+        shared = client(respect_robots=True, timeout_s=0.5, retries=1)
         for _ in range(5):
             with pytest.raises(FetchError, match=r"timeout: robots\.txt of 127\.0\.0\.1"):
                 shared.open(Request(site.url("/a")))
@@ -151,7 +151,7 @@ def test_a_time_that_earlier_hops_used_up_is_not_held_against_a_later_host():
     pages = {"/robots.txt": web.after(0.8, web.body(b"")), "/image": b"image"}
     with web.serve(pages) as good:
         late = web.after(1.5, web.redirect(good.url("/image")))
-        shared = opener(respect_robots=True, timeout_s=2.0)
+        shared = client(respect_robots=True, timeout_s=2.0)
         with (
             web.serve({"/robots.txt": b"", "/": late}) as hop,
             pytest.raises(FetchError, match="timeout"),
@@ -166,20 +166,20 @@ def test_a_host_whose_images_take_seconds_to_decode_is_put_off_and_another_is_no
     """Each within every limit of an image: a thousand of them would have stopped a list for hours."""
     monkeypatch.setattr(hosts, "SLOW_DECODING_S", 0.2)  # a fast machine takes no second
     asked = rules(timeout_s=0.5, max_pixels=50_000_000, respect_robots=False)
-    opener, store = (
-        img2dataset_child._opener(asked, tmp_path),
+    client, store = (
+        img2dataset_child._client(asked, tmp_path),
         img2dataset_child.CanonicalResizer(asked, tmp_path),
     )
     with web.serve(
         {"/bomb.jpg": bombs.jpeg_of_scans(7000, 54), "/good.jpg": picture(9, 9)}
     ) as server:
         bomb, errors = server.url("/bomb.jpg"), [None]
-        early = opener.open(Request(bomb))
+        early = client.open(Request(bomb))
         while not errors[-1] and len(errors) < 20:
-            _, body, error = img2dataset_child.fetch_row(opener, (0, bomb))
+            _, body, error = img2dataset_child.fetch_row(client, (0, bomb))
             errors.append(error or store(body)[-1])
         assert 1 < len(errors) < 15 and errors[-1].startswith("put_off: 127.0.0.1: ")
         assert store(early)[-1] == errors[-1], "though it was fetched before"
         other = server.url("/good.jpg", "localhost")
-        assert store(opener.open(Request(other)))[-1] is None
+        assert store(client.open(Request(other)))[-1] is None
     img2dataset_child._decoder(asked).close()

@@ -8,7 +8,7 @@ import torch
 from support import students
 
 from pipeline.core.errors import PipelineError
-from pipeline.models.attention import (
+from pipeline.models.inside import (
     attention_rollout,
     filter_components,
     look_inside,

@@ -1,4 +1,4 @@
-"""What may be fetched: addresses, URLs, paths, robots, and the opener that obeys, on loopback."""
+"""What may be fetched: addresses, URLs, paths, robots, and the client that obeys, on loopback."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import server as web
 
 from pipeline.fetch import http as opener_module
-from pipeline.fetch.http import Opener, retry_after
+from pipeline.fetch.http import HttpClient, retry_after
 from pipeline.fetch.policy import (
     RETRYABLE,
     FetchError,
@@ -43,8 +43,8 @@ from pipeline.fetch.robots import (
 US = frozenset({"extrahead", "img2dataset"})
 
 
-def opener(**changes) -> Opener:
-    return Opener(
+def client(**changes) -> HttpClient:
+    return HttpClient(
         FetchRules(
             **dict(
                 timeout_s=2.0,
@@ -66,7 +66,7 @@ def opener(**changes) -> Opener:
 
 
 def get(url: str, **changes) -> bytes:
-    return opener(**changes).open(Request(url)).read()
+    return client(**changes).open(Request(url)).read()
 
 
 def why_not(url: str, **changes) -> str:
@@ -228,7 +228,7 @@ def test_a_public_host_is_asked_on_the_ports_of_the_web_only(monkeypatch, port):
 def test_the_ports_of_the_web_are_open_without_a_word(monkeypatch, port):
     monkeypatch.setattr(opener_module, "is_public", lambda address: True)
     monkeypatch.setattr(opener_module, "is_own", lambda address: False)
-    monkeypatch.setattr(Opener, "_connected", lambda *_: connected())
+    monkeypatch.setattr(HttpClient, "_connected", lambda *_: connected())
     assert why_not(f"http://192.0.2.7:{port}/", allow=()) == "unreachable"
 
 
@@ -432,7 +432,7 @@ def test_a_host_gets_no_more_requests_at_once_than_allowed_and_waiting_costs_no_
         web.body(b"image")(request)
 
     with web.serve({"/": answer}) as server:
-        shared, bodies = opener(per_host=2, timeout_s=1.0), []
+        shared, bodies = client(per_host=2, timeout_s=1.0), []
         fetch = lambda: bodies.append(shared.open(Request(server.url("/"))).read())  # noqa: E731
         threads = [threading.Thread(target=fetch) for _ in range(10)]
         for thread in threads:
@@ -630,7 +630,7 @@ def test_more_rules_than_are_checked_forbid_and_cost_little():
     bomb = b"User-agent: *\n" + b"".join(b"Disallow: /*%05x\n" % i for i in range(30_000))
     path = "/" + "a0" * 4000
     with web.serve({path: b"image", "/robots.txt": bomb}) as server:
-        shared = opener(respect_robots=True)
+        shared = client(respect_robots=True)
         start = time.process_time()
         for _ in range(10):
             with pytest.raises(FetchError, match=r"robots: .*more than 5000 rules"):
@@ -662,7 +662,7 @@ def test_a_path_for_which_the_rules_are_too_long_is_forbidden_and_a_short_one_is
     path, robots = "/" + "a" * 8000, "User-agent: *\n" + f"Disallow: {rule}\n" * 4000
     pages = {path: b"image", "/a": b"image", "/robots.txt": robots.encode()}
     with web.serve(pages) as server:
-        shared = opener(respect_robots=True)
+        shared = client(respect_robots=True)
         with pytest.raises(FetchError, match=r"robots: .*too long for a path of 8001"):
             shared.open(Request(server.url(path)))
         assert shared.open(Request(server.url("/a"))).read() == b"image"

@@ -15,7 +15,7 @@ from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.explore import plots, report_charts
-from pipeline.models import attention
+from pipeline.models import inside
 from pipeline.models.patches import PatchView, agreement, entropy, in_shares, student_view
 from pipeline.models.student import Student
 from pipeline.training.batches import held_out_batches
@@ -55,7 +55,7 @@ def patch_groups(
         if pixels is None:  # it does not decode
             continue
         image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, how)
-        found = student_view(student, pixels)
+        view = student_view(student, pixels)
         caption, texts = _texts_of(data, sample.image_id)
         tiles = [
             Tile(
@@ -63,12 +63,12 @@ def patch_groups(
                 f"Held-out image {number + 1}: {caption or 'no caption'}",
                 "image",
             ),
-            _weights_tile(image, found.weights, "patch weights"),
+            _weights_tile(image, view.weights, "patch weights"),
         ]
         if by_teacher is not None:
-            tiles.append(_teacher_tile(by_teacher(sample).weights, image, found.weights))
+            tiles.append(_teacher_tile(by_teacher(sample).weights, image, view.weights))
         for text, vector, box in texts:
-            tiles.append(_text_tile(image, found.patches @ vector, text, box, sample.box))
+            tiles.append(_text_tile(image, view.patches @ vector, text, box, sample.box))
         groups.append({"title": caption or sample.image_id, "tiles": tiles})
     return groups
 
@@ -83,8 +83,8 @@ def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
     )
     if not texts:
         texts, _, vectors = load_text_embeddings(data, "image_id = ?", [image_id])
-    found = [(t, v, boxes.get(t)) for t, v in zip(texts, vectors, strict=True)]
-    return caption, found[:TEXTS]
+    named = [(t, v, boxes.get(t)) for t, v in zip(texts, vectors, strict=True)]
+    return caption, named[:TEXTS]
 
 
 def _weights_tile(image: np.ndarray, weights: np.ndarray, name: str) -> Tile:
@@ -137,20 +137,20 @@ def inside_views(student: Student, dataset: Dataset) -> tuple[list[dict], list[d
     """
     batch = next(held_out_batches(dataset, range(min(PASSED, len(dataset))), PASSED, workers=1))
     pixels = student.as_input(np.asarray(batch.pixels))
-    found = attention.look_inside(student, pixels)
+    views = inside.look_inside(student, pixels)
     with torch.inference_mode():
         weights = student.outputs(pixels).patch_weights
-    parts = [_distances(student, found), _norms(student, found)]
+    parts = [_distances(student, views), _norms(student, views)]
     groups = [
-        _rollout(student, found, weights, np.asarray(batch.pixels)),
+        _rollout(student, views, weights, np.asarray(batch.pixels)),
         _positions(student),
         _filters(student),
     ]
     return parts, groups
 
 
-def _distances(student: Student, found: attention.Inside) -> dict:
-    distances = attention.mean_attention_distance(found.attention, student.config.patch_size)
+def _distances(student: Student, views: inside.Inside) -> dict:
+    distances = inside.mean_attention_distance(views.attention, student.config.patch_size)
     layers = distances.cpu().numpy()  # (L, H)
     means = ", ".join(f"{value:.0f}" for value in layers.mean(axis=1))
     return {
@@ -161,9 +161,9 @@ def _distances(student: Student, found: attention.Inside) -> dict:
     } | report_charts.in_both_lights(partial(report_charts.distance_chart, layers))
 
 
-def _norms(student: Student, found: attention.Inside) -> dict:
-    norms = attention.patch_norms(student, found.tokens[-1]).cpu()
-    share = attention.outlier_share(norms, OUTLIER)
+def _norms(student: Student, views: inside.Inside) -> dict:
+    norms = inside.patch_norms(student, views.tokens[-1]).cpu()
+    share = inside.outlier_share(norms, OUTLIER)
     values, limit = norms.flatten().numpy(), float(OUTLIER * norms.median())
     return {
         "title": "Patches that are too long",
@@ -175,10 +175,10 @@ def _norms(student: Student, found: attention.Inside) -> dict:
 
 
 def _rollout(
-    student: Student, found: attention.Inside, weights: torch.Tensor, pixels: np.ndarray
+    student: Student, views: inside.Inside, weights: torch.Tensor, pixels: np.ndarray
 ) -> dict:
     """Where the embedding stems from: the pooled patches' attention, followed to the first layer."""
-    rollout, count = attention.attention_rollout(found.attention), student.class_tokens
+    rollout, count = inside.attention_rollout(views.attention), student.class_tokens
     pooled = weights[:, None] @ rollout[:, count:, count:]  # (B, 1, N)
     if count:
         pooled = rollout[:, :count, count:].mean(dim=1, keepdim=True)
@@ -196,7 +196,7 @@ def _rollout(
 
 
 def _positions(student: Student) -> dict:
-    similar = attention.position_similarity(student).cpu().numpy()  # (g, g, g, g)
+    similar = inside.position_similarity(student).cpu().numpy()  # (g, g, g, g)
     grid = len(similar)
     flat = similar.reshape(grid * grid, grid * grid)
     others = flat[~np.eye(len(flat), dtype=bool)]
@@ -220,10 +220,10 @@ def _positions(student: Student) -> dict:
 
 def _filters(student: Student) -> dict:
     count = min(FILTERS, *student.conv1.weight.flatten(1).shape)
-    components, shares = attention.filter_components(student, count)
-    found = components.cpu().numpy().transpose(0, 2, 3, 1)  # (count, p, p, 3)
-    most = np.abs(found).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
-    tiles = (127.5 + 127.5 * found / most).round().astype(np.uint8)
+    components, shares = inside.filter_components(student, count)
+    filters = components.cpu().numpy().transpose(0, 2, 3, 1)  # (count, p, p, 3)
+    most = np.abs(filters).max(axis=(1, 2, 3), keepdims=True).clip(1e-12)
+    tiles = (127.5 + 127.5 * filters / most).round().astype(np.uint8)
     sheet = Image.fromarray(report_charts.mosaic(tiles, 7))
     scale = max(1, round(2 * SIDE / sheet.width))
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)

@@ -1,6 +1,6 @@
 """Untrusted bytes -> one stored image: the one way an image is judged, shrunk and encoded.
 
-Stored images are upright RGB JPEGs; `pipeline.data.pixels` decodes them. `pipeline.fetch.decoder`
+Stored images are upright RGB JPEGs; `pipeline.data.pixels` decodes them. `pipeline.fetch.decoding_process`
 runs this where it can be stopped: what is checked here is what a header gives away, so that the
 usual bomb costs nothing.
 """

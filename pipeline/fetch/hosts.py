@@ -24,13 +24,13 @@ class Hosts:
 
     def __init__(self, per_host: int, timeout_s: float):
         self.per_host, self.timeout_s = per_host, timeout_s
-        self.turns: dict[str, threading.Semaphore] = {}
+        self.slots: dict[str, threading.Semaphore] = {}
         self.spent: dict[str, float] = {}  # s, less what was earned back
         self.lost: dict[str, float] = {}  # s, in all
         self.lock = threading.Lock()
 
-    def turn(self, host: str) -> threading.Semaphore:
-        return self.turns.setdefault(host, threading.Semaphore(self.per_host))
+    def slot(self, host: str) -> threading.Semaphore:
+        return self.slots.setdefault(host, threading.Semaphore(self.per_host))
 
     def require_budget(self, host: str) -> None:
         """Raises FetchError `put_off` where the host has spent what it had."""

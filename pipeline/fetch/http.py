@@ -1,4 +1,4 @@
-"""The one opener that fetches: every hop of a redirect is checked, no name is resolved twice.
+"""The one client that fetches: every hop of a redirect is checked, no name is resolved twice.
 
 Each hop's host is resolved once, all its addresses are checked, and the connection goes to one of
 them, so that a second answer of the name server changes nothing. Time and bytes are bounded in
@@ -70,10 +70,10 @@ class _Clock:
         return left
 
     @contextmanager
-    def stopped_until(self, turn: threading.Semaphore) -> Iterator[None]:
-        """Holds a turn; waiting for it costs no time."""
+    def stopped_until(self, slot: threading.Semaphore) -> Iterator[None]:
+        """Holds a slot; waiting for it costs no time."""
         start = time.monotonic()
-        with turn:
+        with slot:
             self.deadline += time.monotonic() - start
             yield
 
@@ -102,14 +102,14 @@ class Body(io.BytesIO):
     host: str | None = None
 
 
-class Opener:
-    """Fetches under the rules, where urllib's opener would fetch anything.
+class HttpClient:
+    """Fetches under the rules, where urllib's own would fetch anything.
 
-    Safe to share between threads. `beat` is called whenever a request begins.
+    Safe to share between threads. `heartbeat` is called whenever a request begins.
     """
 
-    def __init__(self, rules: FetchRules, beat: Callable[[], None] = lambda: None):
-        self.rules, self.beat = rules, beat
+    def __init__(self, rules: FetchRules, heartbeat: Callable[[], None] = lambda: None):
+        self.rules, self.heartbeat = rules, heartbeat
         self.tls = ssl.create_default_context()
         self.hosts = Hosts(rules.per_host, rules.timeout_s)
         self.locks: dict[str, threading.Lock] = {}  # by origin
@@ -135,7 +135,7 @@ class Opener:
 
     def _image(self, url: str) -> Body:
         if url[:5].lower() == "file:":
-            self.beat()
+            self.heartbeat()
             return Body(read_local(url, self.rules.root, self.rules.max_bytes))
         clock = _Clock(self.rules.timeout_s)
         with self._following(url, clock, self.rules.respect_robots) as (response, host):
@@ -161,10 +161,10 @@ class Opener:
             target = parse_url(url)
             if ask_robots:
                 self._ask_robots(target, clock)
-            with clock.stopped_until(self.hosts.turn(target.host)):
+            with clock.stopped_until(self.hosts.slot(target.host)):
                 self.hosts.require_budget(target.host)
                 with self.hosts.charged(target.host), _named_errors():
-                    self.beat()
+                    self.heartbeat()
                     addresses = self._addresses(target, clock, from_public)
                     with self._connected(target, addresses, clock) as sock:
                         response = self._get(target, sock, clock)

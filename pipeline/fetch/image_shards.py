@@ -19,7 +19,7 @@ from pipeline.core.records import Entry, Part, Plan, Recipe
 from pipeline.core.store import Store
 from pipeline.data import shards
 from pipeline.data.earlier import EarlierRows
-from pipeline.fetch import decoding, manifest, masks, policy
+from pipeline.fetch import decoding, manifest, policy, segmentation_masks
 from pipeline.fetch.forget import FORGOTTEN, Forgotten, judged
 from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
 from pipeline.fetch.journal import FetchedRow, FetchedRows
@@ -45,7 +45,7 @@ def plan_images(config: DownloadConfig, lists: list[Path], forgotten: Forgotten)
     A shard that keeps its list keeps its origin, however many others there are.
     """
     contents = {path.name: manifest.list_digest(path) for path in lists}
-    versions = {"shards": shards.VERSION, "masks": masks.VERSION}
+    versions = {"shards": shards.VERSION, "masks": segmentation_masks.VERSION}
     judges = {"changed": config.changed, "forgotten": digest(sorted(forgotten.sha256))}
     decides = {"rules": _rules(config), "pixels": _pixels(config), "versions": versions} | judges
     return Plan(
@@ -330,8 +330,8 @@ def _row(row: dict, known: dict[str, dict], config: DownloadConfig, forgotten: F
     made["boxes"] = _scaled(row["boxes"], facts)
     if row["mask"] and facts["status"] == "ok":
         try:
-            made["mask"] = masks.stored_mask(row["mask"], Path(config.root), facts)
-        except masks.MaskError as error:  # the image is good all the same
+            made["mask"] = segmentation_masks.stored_mask(row["mask"], Path(config.root), facts)
+        except segmentation_masks.MaskError as error:  # the image is good all the same
             made["error"] = f"mask: {error}"
     return made
 

@@ -42,7 +42,7 @@ TRIES = 3  # to fetch a list whose worker dies; after them its missing rows are 
 SLOWEST = 3  # hosts that are reported
 _POLL_S = 0.2
 REPORT_S = 2.0  # between two looks at what hosts cost
-BEAT = "beat"  # its time changes with every request and every decoded image
+HEARTBEAT = "heartbeat"  # its time changes with every request and every decoded image
 _CHILD = (
     "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.img2dataset_child import run; run()"
 )
@@ -125,7 +125,7 @@ class _Attempt:
         self.log, self.lists, self.raw = out / LOG, folder / "lists", folder / "raw"
         self.lists.mkdir(parents=True)
         self.raw.mkdir()
-        for name in (SPACE, BEAT):
+        for name in (SPACE, HEARTBEAT):
             (self.raw / name).touch()
         self.rows = max(waiting.values())
         for name in waiting:
@@ -152,7 +152,7 @@ class _Attempt:
         return False
 
     def last_sign(self) -> int:
-        return (self.raw / BEAT).stat().st_mtime_ns
+        return (self.raw / HEARTBEAT).stat().st_mtime_ns
 
     def found_no_space(self) -> bool:
         return not (self.raw / SPACE).exists()

@@ -1,4 +1,4 @@
-"""What runs in img2dataset's processes: its own code with our opener, decoder and writer.
+"""What runs in img2dataset's processes: its own code with our client, decoder and writer.
 
 img2dataset imports torch (through webdataset), albumentations, pandas and wandb, which costs every
 one of its processes seconds of a processor, and uses none of them here. They stand aside while it is
@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import Any
 from urllib.request import Request
 
-from pipeline.fetch.decoder import Decoder
-from pipeline.fetch.http import Body, Opener
-from pipeline.fetch.img2dataset import BEAT, REPORT_S, SIZE, SLOWEST
+from pipeline.fetch.decoding_process import Decoder
+from pipeline.fetch.http import Body, HttpClient
+from pipeline.fetch.img2dataset import HEARTBEAT, REPORT_S, SIZE, SLOWEST
 from pipeline.fetch.journal import JournalWriter, tell_if_full
 from pipeline.fetch.policy import FetchError, FetchRules
 
@@ -62,7 +62,7 @@ def run() -> None:
         output_folder=str(raw),
         output_format="parquet",
         save_additional_columns=["image_id"],
-        distributor="multiprocessing",  # Ray and Spark would work where our opener is not
+        distributor="multiprocessing",  # Ray and Spark would work where our client is not
         number_sample_per_shard=rows,
         processes_count=processes,
         thread_count=threads,
@@ -93,7 +93,7 @@ class GuardedDownloader:
     def __call__(self, shard: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
         """(whether it worked, shard), as img2dataset's distributor expects it."""
         setattr(downloader, "exifread", CountBytes)  # noqa: B010 - no parser of untrusted bytes
-        fetch = functools.partial(fetch_row, _opener(self.rules, self.raw))
+        fetch = functools.partial(fetch_row, _client(self.rules, self.raw))
         setattr(downloader, "download_image_with_retry", fetch)  # noqa: B010
         try:
             (self.raw / f"{shard[0]:05}.pid").write_text(str(os.getpid()))
@@ -106,33 +106,33 @@ class GuardedDownloader:
 
 
 def fetch_row(
-    opener: Opener, row: tuple[int, str], **_: object
+    client: HttpClient, row: tuple[int, str], **_: object
 ) -> tuple[int, Body | None, str | None]:
     """(key, body or None, error or None): img2dataset's own function asks urllib."""
     key, url = row
     try:
-        return key, opener.open(Request(url)), None
+        return key, client.open(Request(url)), None
     except Exception as error:  # also of what urllib takes for no URL
         return key, None, str(error)
 
 
 @functools.cache
-def _opener(rules: FetchRules, raw: Path) -> Opener:
+def _client(rules: FetchRules, raw: Path) -> HttpClient:
     """One per process, so that robots.txt, turns and accounts are shared by its shards."""
     told = [time.monotonic()]
 
-    def beat() -> None:
-        (raw / BEAT).touch()
+    def heartbeat() -> None:
+        (raw / HEARTBEAT).touch()
         if time.monotonic() - told[0] > REPORT_S:
             told[0] = time.monotonic()
             _tell_hosts(rules, raw)
 
-    return Opener(rules, beat)
+    return HttpClient(rules, heartbeat)
 
 
 def _tell_hosts(rules: FetchRules, raw: Path) -> None:
     """What hosts have cost this process, for the progress that the caller shows."""
-    costs = _opener(rules, raw).hosts.slowest(SLOWEST)
+    costs = _client(rules, raw).hosts.slowest(SLOWEST)
     with suppress(OSError):  # a full disk is told by what needs it
         (raw / f"{os.getpid()}.hosts").write_text(json.dumps(costs))
 
@@ -159,8 +159,8 @@ class CanonicalResizer:
 
     def __call__(self, body: Body, bboxes: object = None) -> tuple:
         """(jpg or None, width, height, original width, original height, error or None)."""
-        (self.raw / BEAT).touch()
-        hosts, start = _opener(self.rules, self.raw).hosts, time.monotonic()
+        (self.raw / HEARTBEAT).touch()
+        hosts, start = _client(self.rules, self.raw).hosts, time.monotonic()
         try:
             if body.host:
                 hosts.require_budget(body.host)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.models.attention import weight_entropy
+from pipeline.models.inside import weight_entropy
 from pipeline.models.student import Student
 
 

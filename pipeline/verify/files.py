@@ -23,8 +23,8 @@ from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.fetch.forget import JUDGED, image_id
-from pipeline.fetch.masks import png_size
 from pipeline.fetch.policy import STATUSES
+from pipeline.fetch.segmentation_masks import png_size
 
 IMPORTED = "import_embeddings"  # the other stage that may have made data/teacher
 FAR_FROM_UNIT = 1e-3  # of the length of a stored embedding

@@ -13,8 +13,8 @@ from support import bombs, worlds
 from support import server as web
 
 from pipeline.fetch import decoding
-from pipeline.fetch.decoder import BASE_BYTES, BYTES_PER_PIXEL, Decoder
 from pipeline.fetch.decoding import Undecodable, canonical_jpeg, count_scans
+from pipeline.fetch.decoding_process import BASE_BYTES, BYTES_PER_PIXEL, Decoder
 from pipeline.fetch.policy import FetchError
 
 SIDE = 3000  # px; squared, all the pixels that are allowed below
@@ -164,7 +164,7 @@ def test_the_child_ends_with_its_parent():
         import sys, time
         from contextlib import suppress
         from pipeline.fetch.policy import FetchError
-        from pipeline.fetch.decoder import Decoder
+        from pipeline.fetch.decoding_process import Decoder
         decoder = Decoder(256, 90, 10**6)
         with suppress(FetchError):  # the child starts with the first image
             decoder.canonical_jpeg(b"")

@@ -59,16 +59,16 @@ def mean_attention_distance(attention: Tensor, patch_size: int) -> Tensor:
     """
     grid = math.isqrt(attention.shape[-1])  # T is at most 2, less than a further row of patches
     patches = attention.float()[..., -(grid**2) :, -(grid**2) :]
-    places = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
-    places = places.flatten(1).T.to(attention.device, torch.float32)  # (N, 2)
-    distances = torch.cdist(places, places) * patch_size  # (N, N)
-    shares = patches / patches.sum(dim=-1, keepdim=True)
-    return (shares * distances).sum(dim=-1).mean(dim=(1, 3))
+    centres = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+    centres = centres.flatten(1).T.to(attention.device, torch.float32)  # (N, 2)
+    distances = torch.cdist(centres, centres) * patch_size  # (N, N)
+    fractions = patches / patches.sum(dim=-1, keepdim=True)
+    return (fractions * distances).sum(dim=-1).mean(dim=(1, 3))
 
 
 @torch.no_grad()
 def position_similarity(student: Student) -> Tensor:
-    """(g, g, g, g): cosine between the position embeddings of two places (row, column each)."""
+    """(g, g, g, g): cosine between the position embeddings of two patches (row, column each)."""
     unit = F.normalize(student.positional_embedding, dim=1)
     grid = student.config.grid
     return (unit @ unit.T).reshape(grid, grid, grid, grid)

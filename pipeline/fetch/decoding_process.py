@@ -42,7 +42,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
-_CHILD = "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.decoder import _child; _child()"
+_CHILD = "import sys; sys.path.insert(0, {!r}); from pipeline.fetch.decoding_process import _child; _child()"
 
 
 class Decoder:
