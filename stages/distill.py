@@ -163,9 +163,13 @@ def _train(
     seen = config.student.image_size, teacher.preprocessing.interpolation
     lanes = config.shuffle_row_groups
     dataset = Dataset(
-        data, "train", *seen, views=config.views, captions=config.loss.caption > 0,
+        data,
+        "train",
+        *seen,
+        views=config.views,
+        captions=config.loss.caption > 0,
         groups_in_use=lanes,
-    )  # fmt: skip
+    )
     order = Sampler(dataset, config.seed, config.batch, lanes)
     held_out = Dataset(data, "val", *seen)
     torch.manual_seed(config.seed)
@@ -176,10 +180,17 @@ def _train(
         trainer.restore(work.folder / CHECKPOINT)
     began, first_step = time.monotonic(), trainer.step
     steps = training_batches(
-        dataset, order, trainer.step, trainer.step if trainer.ended else config.steps,
-        workers=workers, rank=ranks.rank, ranks=ranks.size, min_crop_area=config.min_crop_area,
-        image_sizes=config.image_sizes, device=ranks.device,
-    )  # fmt: skip
+        dataset,
+        order,
+        trainer.step,
+        trainer.step if trainer.ended else config.steps,
+        workers=workers,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        min_crop_area=config.min_crop_area,
+        image_sizes=config.image_sizes,
+        device=ranks.device,
+    )
     with closing(steps):  # ty: ignore[invalid-argument-type]
         _take_steps(trainer, steps, held_out, work.folder / CHECKPOINT, workers)
     if ranks.first:
@@ -199,9 +210,13 @@ def _take_steps(
     """Train, log, validate and write checkpoints, to the last step or until nothing gets better."""
     config, ranks = trainer.config, trainer.ranks
     with tqdm(
-        total=config.steps * config.batch, initial=trainer.step * config.batch, unit="image",
-        desc=STAGE, disable=not ranks.first, smoothing=0.05,
-    ) as bar:  # fmt: skip
+        total=config.steps * config.batch,
+        initial=trainer.step * config.batch,
+        unit="image",
+        desc=STAGE,
+        disable=not ranks.first,
+        smoothing=0.05,
+    ) as bar:
         for batch in steps:
             trainer.train_step(batch)
             bar.update(config.batch)

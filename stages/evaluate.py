@@ -80,9 +80,13 @@ def evaluate(
                 write_json(work.folder / METRICS, measured.to_json())
                 work.commit(RETRIEVAL, lambda partial: partial.write_text(_retrieval_csv(measured)))
                 report = partial(
-                    write_report, data=inputs, student=student, index=work.folder / "index",
-                    measured=measured, config=config,
-                )  # fmt: skip
+                    write_report,
+                    data=inputs,
+                    student=student,
+                    index=work.folder / "index",
+                    measured=measured,
+                    config=config,
+                )
                 work.commit(REPORT, report)
             index = [f"index/{path.name}" for path in sorted((work.folder / "index").glob("*"))]
             work.publish([METRICS, RETRIEVAL, REPORT, *index], measured.to_json())
@@ -195,10 +199,18 @@ def _segmentation(
         return None
     queries = Queries(data, Path(config.segmentation.card))
     grid = config.segmentation.image_size // student.config.patch_size
-    return MetricGroup.model_validate(segmentation_metrics(
-        data, config.split, config.segmentation, student, lambda text: queries.text(text).teacher,
-        dense_teacher(queries, grid), config.batch, workers,
-    ))  # fmt: skip
+    return MetricGroup.model_validate(
+        segmentation_metrics(
+            data,
+            config.split,
+            config.segmentation,
+            student,
+            lambda text: queries.text(text).teacher,
+            dense_teacher(queries, grid),
+            config.batch,
+            workers,
+        )
+    )
 
 
 def _retrieval_csv(measured: Evaluation) -> str:

@@ -161,5 +161,6 @@ def _counts(table: pa.Table) -> dict[str, int]:
     counts: Counter[str] = Counter()
     kinds = table.group_by(["keep", "split", "reason"]).aggregate([([], "count_all")])
     for row in kinds.to_pylist():
-        counts[row["split"] if row["keep"] else f"left out: {row['reason']}"] += row["count_all"]
+        name = row["split"] if row["keep"] else f"left out: {row['reason']}"
+        counts[name] += row["count_all"]
     return dict(sorted(counts.items()))

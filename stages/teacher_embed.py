@@ -76,9 +76,16 @@ def teacher_embed(
         counts = summary.model_dump(include={"images", "texts", "views"})
         counts["embedded"] = maker.embedded  # views that the teacher saw; the rest was reused
         append_run(
-            data, STAGE, recipe_digest(plan.recipe), plan.recipe, counts, str(target), began,
-            maker.embedded, maker.spent,
-        )  # fmt: skip
+            data,
+            STAGE,
+            recipe_digest(plan.recipe),
+            plan.recipe,
+            counts,
+            str(target),
+            began,
+            maker.embedded,
+            maker.spent,
+        )
     return summary
 
 

@@ -65,9 +65,13 @@ class Store:
         try:
             good = write_file(hidden, write)
             entry = Entry(
-                name=name, origin=origin, round=round, good=good,
-                sha256=file_digest(hidden), bytes=hidden.stat().st_size,
-            )  # fmt: skip
+                name=name,
+                origin=origin,
+                round=round,
+                good=good,
+                sha256=file_digest(hidden),
+                bytes=hidden.stat().st_size,
+            )
             self._place(hidden, entry)
             return entry
         finally:
@@ -167,9 +171,13 @@ def entry_of(stored: str, size: int) -> Entry:
     match = _STORED.fullmatch(stored)
     assert match, stored
     return Entry(
-        name=match["stem"] + match["suffix"], origin=match["origin"], round=int(match["round"]),
-        good=int(match["good"]), sha256=match["sha256"], bytes=size,
-    )  # fmt: skip
+        name=match["stem"] + match["suffix"],
+        origin=match["origin"],
+        round=int(match["round"]),
+        good=int(match["good"]),
+        sha256=match["sha256"],
+        bytes=size,
+    )
 
 
 @cache

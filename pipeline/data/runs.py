@@ -33,9 +33,16 @@ SCHEMA = pa.schema(
 
 
 def append_run(
-    data: Path, stage: str, stamp: str, recipe: Recipe, metrics: dict, device: str, began: float,
-    images: int, spent: float | None = None,
-) -> None:  # fmt: skip
+    data: Path,
+    stage: str,
+    stamp: str,
+    recipe: Recipe,
+    metrics: dict,
+    device: str,
+    began: float,
+    images: int,
+    spent: float | None = None,
+) -> None:
     """Add a row. began: time.monotonic() at the start; images: how many were processed since, in
     the seconds spent on nothing else (all of them where none are given).
     """
@@ -62,8 +69,11 @@ def _git_revision() -> str | None:
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()

@@ -85,12 +85,16 @@ def label_counts(labels: Tensor, truth: Tensor, count: int) -> Tensor:
     own = torch.arange(len(labels), device=labels.device)[:, None, None] * count
     right = (labels == truth) & known
     values = [(right, truth), (known, labels), (known, truth)]
-    return torch.stack(
-        [
-            torch.bincount((own + of.long())[where], minlength=len(labels) * count)
-            for where, of in values
-        ]
-    ).unflatten(1, (len(labels), count)).movedim(0, 1)  # fmt: skip
+    return (
+        torch.stack(
+            [
+                torch.bincount((own + of.long())[where], minlength=len(labels) * count)
+                for where, of in values
+            ]
+        )
+        .unflatten(1, (len(labels), count))
+        .movedim(0, 1)
+    )
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:

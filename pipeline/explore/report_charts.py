@@ -61,9 +61,13 @@ def distance_chart(distances: np.ndarray, dark: bool) -> bytes:
         figure, ax = _chart()
         layers, heads = distances.shape
         ax.plot(
-            np.repeat(np.arange(1, layers + 1), heads), distances.ravel(), "o",
-            color=colours["student"], ms=4, alpha=0.6,
-        )  # fmt: skip
+            np.repeat(np.arange(1, layers + 1), heads),
+            distances.ravel(),
+            "o",
+            color=colours["student"],
+            ms=4,
+            alpha=0.6,
+        )
         ax.set(xlabel="layer", ylabel="mean distance, px", xticks=range(1, layers + 1))
         ax.set_ylim(0, 1.1 * distances.max())
         return plots.png(figure, transparent=True)

@@ -67,8 +67,10 @@ def painted_scenes(
     groups = []
     for i, (key, mask) in enumerate(masks.items()):
         truth = torch.from_numpy(mask.astype(np.int64))
-        maps = {"truth": truth, f"the best that {grid} x {grid} patches can say": seg.covered(
-            truth, grid, len(labels))}  # fmt: skip
+        maps = {
+            "truth": truth,
+            f"the best that {grid} x {grid} patches can say": seg.covered(truth, grid, len(labels)),
+        }
         for name, (cosines, limit) in sides.items():
             one = cosines.patches[i : i + 1], cosines.images[i : i + 1]
             maps[name] = seg.segment(*one, asked.groups, mask.shape, threshold=found.get(limit))[0]
@@ -86,8 +88,11 @@ def _pixels(
     dataset = Dataset(data, config.split, SHOWN, student.preprocessing.interpolation)
     found = {}
     for some in held_out_batches(dataset, range(len(dataset)), 16, workers=1):
-        found |= {key: image for key, image in zip(some.ids, np.asarray(some.pixels), strict=True)
-                  if key in masks}  # fmt: skip
+        found |= {
+            key: image
+            for key, image in zip(some.ids, np.asarray(some.pixels), strict=True)
+            if key in masks
+        }
         if len(found) == len(masks):
             break
     return found

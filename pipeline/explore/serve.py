@@ -175,8 +175,8 @@ class _Pages:
         self.queries, self.lock = Queries(data, card), threading.Lock()
         self.collection = Collection(data)
         self.queries.student  # noqa: B018  # a missing student is an error now, not at a click
-        self._view = lru_cache(maxsize=64)(self._view)
-        self._query = lru_cache(maxsize=256)(self._query)
+        self._view = lru_cache(maxsize=64)(self._make_view)
+        self._query = lru_cache(maxsize=256)(self._make_query)
 
     def __len__(self) -> int:
         return len(self.collection)
@@ -221,12 +221,12 @@ class _Pages:
         shares = in_shares(view.weights)
         return plots.tile(plots.overlay(image, shares, 0, max(2.0, shares.max())))
 
-    def _view(self, image_id: str) -> tuple[np.ndarray, PatchView]:
+    def _make_view(self, image_id: str) -> tuple[np.ndarray, PatchView]:
         image, student = decode(self.jpg(image_id)), self.queries.student
         with self.lock:
             view = student_view(student, self.queries.view(image, student.config.image_size))
         return self.queries.view(image, SHOWN), view
 
-    def _query(self, text: str) -> Query:
+    def _make_query(self, text: str) -> Query:
         with self.lock:
             return self.queries.text(text)

@@ -90,9 +90,16 @@ class ImageShards:
     """
 
     def __init__(
-        self, config: DownloadConfig, plan: Plan, store: Store, lists: Path, scratch: Path,
-        processes: int, threads: int, forgotten: Forgotten,
-    ):  # fmt: skip
+        self,
+        config: DownloadConfig,
+        plan: Plan,
+        store: Store,
+        lists: Path,
+        scratch: Path,
+        processes: int,
+        threads: int,
+        forgotten: Forgotten,
+    ):
         self.forgotten = forgotten
         self.config, self.plan, self.store, self.lists = config, plan, store, lists
         self.scratch, self.processes, self.threads = scratch, processes, threads
@@ -247,9 +254,7 @@ class _EarlierImages:
             reason = f"{width} x {height} px is more than {pixels} px in all"
         else:
             return facts | {"error": None}
-        return NO_IMAGE | {
-            "status": "too_large", "error": reason, "attempts": facts["attempts"]
-        }  # fmt: skip
+        return NO_IMAGE | {"status": "too_large", "error": reason, "attempts": facts["attempts"]}
 
     def _still_true(self, row: dict, facts: dict, made: dict) -> bool:
         if facts["status"] == "ok":

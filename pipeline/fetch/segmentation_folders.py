@@ -49,8 +49,10 @@ def write_ade20k_manifest(folder: Path, out: Path, classes: Path) -> int:
     if not images:
         raise PipelineError(f"{folder} holds no images/*/*.jpg, as ADE20K does.")
     inside = [path.relative_to(folder / "images") for path in images]
-    pairs = [(f"images/{p.as_posix()}", f"annotations/{p.with_suffix('.png').as_posix()}")
-             for p in inside]  # fmt: skip
+    pairs = [
+        (f"images/{p.as_posix()}", f"annotations/{p.with_suffix('.png').as_posix()}")
+        for p in inside
+    ]
     count = _write(folder, pairs, out)
     write_file(classes, lambda partial: partial.write_text(text, encoding="utf-8"))
     return count

@@ -69,9 +69,16 @@ class VectorShards:
     """
 
     def __init__(
-        self, config: TeacherEmbedConfig, plan: Plan, origins: dict[str, dict], store: Store,
-        images: Path, prompts: list[str], load: Callable[[], Teacher], workers: int,
-    ):  # fmt: skip
+        self,
+        config: TeacherEmbedConfig,
+        plan: Plan,
+        origins: dict[str, dict],
+        store: Store,
+        images: Path,
+        prompts: list[str],
+        load: Callable[[], Teacher],
+        workers: int,
+    ):
         self.config, self.plan, self.origins, self.store = config, plan, origins, store
         self.images, self.prompts, self.load, self.workers = images, prompts, load, workers
         self.digests = {part.name: part.origin for part in plan.parts}

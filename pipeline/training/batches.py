@@ -178,11 +178,15 @@ class Loader:
 
     def _by_processes(self, wanted: Iterator[tuple[int, int]]) -> Iterator:
         loader = DataLoader(
-            self.filler, batch_size=None,  # ty: ignore[invalid-argument-type]
-            sampler=wanted, num_workers=self.parts,
-            collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context="spawn",
+            self.filler,  # ty: ignore[invalid-argument-type]
+            batch_size=None,
+            sampler=wanted,
+            num_workers=self.parts,
+            collate_fn=_as_it_is,
+            prefetch_factor=AHEAD,
+            multiprocessing_context="spawn",
             worker_init_fn=_end_with_parent,
-        )  # fmt: skip
+        )
         try:
             yield from loader
         except RuntimeError as error:

@@ -106,9 +106,13 @@ class Dataset:
         i, texts = found.index[image_id], found.texts.get(image_id)
         text = None if texts is None else texts[_caption(epoch, self.views, len(texts))]
         return Sample(
-            image_id, found.jpgs[at].as_py(), found.boxes[i], found.flips[i], found.embeddings[i],
+            image_id,
+            found.jpgs[at].as_py(),
+            found.boxes[i],
+            found.flips[i],
+            found.embeddings[i],
             text,
-        )  # fmt: skip
+        )
 
     def pixels(self, sample: Sample, image_size: int | None = None) -> np.ndarray | None:
         """What the teacher saw, at image_size or the student's: (S, S, 3) uint8; None if damaged."""

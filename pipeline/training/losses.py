@@ -42,8 +42,9 @@ def contrastive_loss(
     if compared is None:
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     counted = compared.diagonal()
-    logits = logits.masked_fill(~(compared | torch.eye(len(logits), dtype=torch.bool, device=own.device)),
-                                float("-inf"))  # fmt: skip
+    logits = logits.masked_fill(
+        ~(compared | torch.eye(len(logits), dtype=torch.bool, device=own.device)), float("-inf")
+    )
     both = F.cross_entropy(logits, own, reduction="none")
     both = both + F.cross_entropy(logits.T, own, reduction="none")  # (B,), 0 of rows not counted
     return both.sum() / (2 * counted.sum().clamp(min=1))
