@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.fetch.containers import read_inside, split_inside
-
 VERSION = 2  # raise it when a rule changes what is fetched
 RETRYABLE = frozenset({"timeout", "server_error", "unreachable", "lost", "put_off"})
 STATUSES = RETRYABLE | {
@@ -262,6 +260,8 @@ def open_local(url: str, root: Path | None) -> Iterator[io.BufferedReader]:
 
 def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
     """The bytes of a regular file below root, or of an image inside one. Raises FetchError."""
+    from pipeline.fetch.containers import split_inside  # the process that decodes needs no Arrow
+
     if inside := split_inside(url[len("file:") :]):
         return _read_inside(url, *inside, root, max_bytes)
     with open_local(url, root) as file:
@@ -277,6 +277,8 @@ def read_local(url: str, root: Path | None, max_bytes: int) -> bytes:
 def _read_inside(
     url: str, file: str, name: str, at: int, size: int | None, root: Path | None, max_bytes: int
 ) -> bytes:
+    from pipeline.fetch.containers import read_inside
+
     path = local_path(f"file:{file}", root)
     if not path.is_file():
         raise FetchError("not_found", f"no such file: {url!r}")

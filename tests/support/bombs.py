@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
+from functools import cache
 
 from PIL import Image
 
@@ -56,14 +57,25 @@ def tiff(compression: int, data: bytes, **tags: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + struct.pack("<I", 0)
 
 
+def packed_zeros(count: int) -> bytes:
+    """What zlib.compress makes of so many zeros, without making them: a block that comes again."""
+    block, packer = 1 << 16, zlib.compressobj(9)
+    first, again = (
+        packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
+    )
+    rest = packer.compress(bytes(count % block)) + packer.flush()
+    checksum = struct.pack(">I", count % 65_521 << 16 | 1)
+    return first + again * (count // block - 1) + rest[:-4] + checksum
+
+
 def tiff_of_tile(side: int) -> bytes:
     """64 x 64 px in one tile of side x side."""
-    return tiff(DEFLATE, zlib.compress(bytes(side * side), 9), _322=side, _323=side)
+    return tiff(DEFLATE, packed_zeros(side * side), _322=side, _323=side)
 
 
 def tiff_of_strip(rows: int) -> bytes:
     """64 x 64 px in one strip of so many rows."""
-    return tiff(DEFLATE, zlib.compress(bytes(64 * rows), 9), _278=rows)
+    return tiff(DEFLATE, packed_zeros(64 * rows), _278=rows)
 
 
 def bmp_of_runs(side: int) -> bytes:
@@ -88,6 +100,7 @@ def png_of_deep_exif(side: int, size: int) -> bytes:
     return data[:33] + chunk + struct.pack(">I", zlib.crc32(b"eXIf" + exif)) + data[33:]
 
 
+@cache
 def bombs(side: int) -> dict[str, bytes]:
     """By name; side x side px are just allowed where nothing else is wrong."""
     return {
