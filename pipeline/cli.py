@@ -348,14 +348,14 @@ def verify(
     forgotten = None
     if params.exists():
         forgotten = read_forgotten(Path(load_section(params, "download").forget))
-    found = run(
+    findings = run(
         data, recompute=recompute, card=named, device=device, workers=workers, forgotten=forgotten
     )
-    say(findings_text(found, format))
+    say(findings_text(findings, format))
     if forgotten and (forgotten.lines or forgotten.sha256):
         for line in elsewhere(params.parent):
             say(f"not searched: {line}", err=True)
-    if found:
+    if findings:
         raise typer.Exit(1)
 
 

@@ -23,11 +23,11 @@ def gc(
     from pipeline.core.provenance import lock
 
     with lock(data, "store gc"):
-        found = unneeded(data, days)
-        for path in found:
+        shards = unneeded(data, days)
+        for path in shards:
             say(f"{path.stat().st_size:>14,} bytes  {path}")
-        total = sum(path.stat().st_size for path in found)
-        for path in found if delete else ():
+        total = sum(path.stat().st_size for path in shards)
+        for path in shards if delete else ():
             path.unlink()
     done = "deleted" if delete else "would be deleted; add --delete"
-    say(f"{len(found)} shards, {total:,} bytes {done}" if found else "nothing to delete")
+    say(f"{len(shards)} shards, {total:,} bytes {done}" if shards else "nothing to delete")

@@ -136,16 +136,18 @@ def _refuse_another_run(work: Work) -> None:
 
 def _differences(then: dict, now: dict, prefix: str = "") -> list[str]:
     """What two recipes disagree about, as sentences."""
-    found = []
+    differences = []
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, prefix + ("" if name == "parameters" else f"{name}."))
+            differences += _differences(
+                old, new, prefix + ("" if name == "parameters" else f"{name}.")
+            )
         elif old != new and prefix == "inputs.":
-            found.append(f"other files in data/{name}")
+            differences.append(f"other files in data/{name}")
         elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return found
+            differences.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return differences
 
 
 def _train(

@@ -152,9 +152,9 @@ def _summary(
 def _source_files(source: Path) -> list[Path]:
     if source.is_dir():
         patterns = ("img_emb/*.npy", "text_emb/*.npy", "metadata/*.parquet")
-        found = [path for pattern in patterns for path in sorted(source.glob(pattern))]
-        if found and found[0].parent.name == "img_emb":
-            return found
+        paths = [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        if paths and paths[0].parent.name == "img_emb":
+            return paths
     elif source.suffix == ".npz" and source.is_file():
         return [source]
     raise PipelineError(
@@ -232,9 +232,9 @@ def _refuse_swollen(path: Path, members: dict[str, ZipInfo]) -> None:
 def _whole(path: Path, columns: dict[str, list], vectors: np.ndarray) -> Part:
     """Raises PipelineError unless there is a matrix with a name for every row."""
     if vectors.ndim != 2 or {len(column) for column in columns.values()} != {len(vectors)}:
-        found = {name: len(column) for name, column in columns.items()}
+        lengths = {name: len(column) for name, column in columns.items()}
         raise PipelineError(
-            f"{path}: found embeddings of shape {vectors.shape} and the names {found}; expected "
+            f"{path}: found embeddings of shape {vectors.shape} and the names {lengths}; expected "
             f"(n, E) and n values in at least one of {', '.join((*NAMES, *TEXTS))}."
         )
     return Part(path, columns, vectors)
@@ -289,8 +289,8 @@ def _owner(part: Part, row: int, known: dict[str, str | None]) -> str | None:
     """The image_id that a row's names lead to, if any."""
 
     def written(names: tuple[str, ...]) -> list[str]:
-        found = [part.columns[name][row] for name in names if name in part.columns]
-        return [str(name) for name in found if name is not None]
+        names_given = [part.columns[name][row] for name in names if name in part.columns]
+        return [str(name) for name in names_given if name is not None]
 
     paths = [_names(path) for path in written(PATHS)]
     written_paths, file, stem = zip(*paths, strict=True) if paths else ((), (), ())

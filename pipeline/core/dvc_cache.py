@@ -43,9 +43,9 @@ def _cache_folder(root: Path) -> Path | None:
     """DVC's cache of files, wherever its configuration puts it; None where DVC is not in use."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     try:
-        found = subprocess.run(
+        answer = subprocess.run(
             command, cwd=root, capture_output=True, text=True, check=True, timeout=120
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return Path(root, found.stdout.strip().splitlines()[-1], "files/md5")
+    return Path(root, answer.stdout.strip().splitlines()[-1], "files/md5")

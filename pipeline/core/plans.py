@@ -69,10 +69,10 @@ def _name_other_plans(entries: dict[str, Entry], store: Store, maker: Maker) -> 
     known = store.published() | {entry.stored for entry in entries.values()}
     others = [e for e in store.entries() if e.stored not in known and store.sound(e)]
     if others:
-        found = sorted({name for entry in others for name in maker.differences(entry)})
+        differences = sorted({name for entry in others for name in maker.differences(entry)})
         say(
             f"note: {len(others)} shards in {store.folder} belong to another plan, whose "
-            f"{', '.join(found) or 'shards'} differ: what fits of their rows is reused, and they stay.",
+            f"{', '.join(differences) or 'shards'} differ: what fits of their rows is reused, and they stay.",
             err=True,
         )
 
@@ -156,16 +156,16 @@ def publish(
 
 def unneeded(data: Path, days: float) -> list[Path]:
     """Shards of all stores that no published stamp names and that are older than so many days."""
-    found = []
+    paths = []
     for folder in sorted({stage.folder for stage in STAGES.values()}):
         store = Store(data / STORE / folder)
         named, young = store.published(), time.time() - days * 24 * 3600
-        found += [
+        paths += [
             store.path(entry)
             for entry in store.entries()
             if entry.stored not in named and int(store.time(entry)) <= young  # the rest is a mark
         ]
-    return found
+    return paths
 
 
 @contextmanager

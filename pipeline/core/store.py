@@ -43,14 +43,14 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All that lies here, whoever made it for whichever plan, by one listing."""
-        found = []
+        entries = []
         for folder, _, files in os.walk(self.folder):
             for path in (Path(folder, file) for file in files):
                 stored = str(path.relative_to(self.folder))
                 if _STORED.fullmatch(stored):
                     with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                        found.append(entry_of(stored, path.stat().st_size))
-        return sorted(found, key=lambda entry: entry.stored)
+                        entries.append(entry_of(stored, path.stat().st_size))
+        return sorted(entries, key=lambda entry: entry.stored)
 
     def path(self, entry: Entry) -> Path:
         return self.folder / entry.stored

@@ -58,8 +58,8 @@ def _kept_vectors(data: Path, split: str) -> Iterator[tuple[np.ndarray, np.ndarr
 
     A row group at a time, in the shards' order: nothing is sorted, and no vector is held twice.
     """
-    found = database.connect(data).sql(KEPT, params=[split]).to_arrow_table()
-    kept = np.sort(as_bytes(found["image_id"]))
+    selected = database.connect(data).sql(KEPT, params=[split]).to_arrow_table()
+    kept = np.sort(as_bytes(selected["image_id"]))
     for path in shard_paths(data / "teacher/images", "teacher_embed") if len(kept) else ():
         for ids, vectors in first_views(path):
             at = np.searchsorted(kept, ids).clip(max=len(kept) - 1)
@@ -123,7 +123,7 @@ def caption_similarities(data: Path) -> pa.Table:
         keys = np.concatenate([part for part, _ in views])
         order = np.argsort(keys)
         keys, vectors = keys[order], np.concatenate([part for _, part in views])[order]
-        found = np.full(len(keys), -np.inf, np.float32)
+        similarities = np.full(len(keys), -np.inf, np.float32)
         with open_shard(captions, "teacher-embed") as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["image_id", "embedding"])
@@ -132,9 +132,9 @@ def caption_similarities(data: Path) -> pa.Table:
                 mine = np.flatnonzero(keys[at] == owners)
                 texts = embedding_matrix(table["embedding"])[mine]
                 images = unit_rows(vectors[at[mine]])
-                np.maximum.at(found, at[mine], (images * texts).sum(axis=1))
-        ids.append(keys[np.isfinite(found)])
-        best.append(found[np.isfinite(found)])
+                np.maximum.at(similarities, at[mine], (images * texts).sum(axis=1))
+        ids.append(keys[np.isfinite(similarities)])
+        best.append(similarities[np.isfinite(similarities)])
     names = pa.array(np.concatenate(ids), pa.binary()).cast(pa.string())
     return pa.table({"image_id": names, "caption_similarity": pa.array(np.concatenate(best))})
 

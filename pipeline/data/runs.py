@@ -67,7 +67,7 @@ def append_run(
 def _git_revision() -> str | None:
     """The commit that is checked out, with `-dirty` where files differ; None outside git."""
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
@@ -76,4 +76,4 @@ def _git_revision() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()

@@ -234,13 +234,13 @@ def provenance(path: Path, stage: str) -> dict:
 
 def differences(made: dict, asked: dict, prefix: str = "") -> list[str]:
     """Dotted names of what a shard was made with and is now asked otherwise."""
-    found = []
+    names = []
     for name, value in asked.items():
         if isinstance(value, dict) and isinstance(made.get(name), dict):
-            found += differences(made[name], value, f"{prefix}{name}.")
+            names += differences(made[name], value, f"{prefix}{name}.")
         elif made.get(name) != value:
-            found.append(prefix + name)
-    return found
+            names.append(prefix + name)
+    return names
 
 
 def _foreign(path: Path, stage: str, sign: str) -> PipelineError:

@@ -66,5 +66,5 @@ def box_texts(images: Path) -> list[str]:
 
 
 def _texts(sql: str, images: Path) -> list[str]:
-    found = duckdb.connect().execute(sql, [f"{escape(str(images))}/*.parquet"]).fetchall()
-    return [text for (text,) in found]
+    rows = duckdb.connect().execute(sql, [f"{escape(str(images))}/*.parquet"]).fetchall()
+    return [text for (text,) in rows]

@@ -12,10 +12,10 @@ from pipeline.models.student import Student
 @torch.inference_mode()
 def student_cosines(student: Student, pixels: Tensor, prompts: Tensor) -> Cosines:
     """pixels (b, 3, S, S) uint8 at the student's own size; prompts (P, E) of unit length."""
-    found = student.outputs(student.normalise(pixels.to(student.mean.device)))
-    prompts = prompts.to(found.embedding)
-    patches = F.normalize(found.patch_embeddings.float(), dim=-1) @ prompts.T  # (b, N, P)
-    images = F.normalize(found.embedding.float(), dim=-1) @ prompts.T
+    outputs = student.outputs(student.normalise(pixels.to(student.mean.device)))
+    prompts = prompts.to(outputs.embedding)
+    patches = F.normalize(outputs.patch_embeddings.float(), dim=-1) @ prompts.T  # (b, N, P)
+    images = F.normalize(outputs.embedding.float(), dim=-1) @ prompts.T
     grid = student.config.grid
     return Cosines(patches.transpose(1, 2).unflatten(2, (grid, grid)), images)
 
@@ -40,11 +40,11 @@ def sliding_cosines(student: Student, pixels: Tensor, prompts: Tensor, stride: i
     for top in window_starts(height, side, stride):
         for left in window_starts(width, side, stride):
             window = pixels[:, :, top : top + side, left : left + side]
-            found = student_cosines(student, window, prompts)
+            cosines = student_cosines(student, window, prompts)
             rows, columns = (slice(at // patch, (at + side) // patch) for at in (top, left))
-            total[:, :, rows, columns] += found.patches
+            total[:, :, rows, columns] += cosines.patches
             seen[rows, columns] += 1
-            images.append(found.images)
+            images.append(cosines.images)
     return Cosines(total / seen, torch.stack(images).mean(dim=0))
 
 

@@ -187,23 +187,23 @@ def scored(
     cosines: Cosines, masks: list[np.ndarray], groups: list[list[int]], choice: Choice
 ) -> np.ndarray:
     """(n, 3, K) counts by image with what was chosen on val."""
-    found = []
+    counts = []
     for rows, truth in same_size_chunks(masks):
         truth = truth.to(cosines.patches.device)
         patches, images = cosines.patches[rows], cosines.images[rows]
         size = tuple(truth.shape[1:])
         labels = segment(patches, images, groups, size, choice.weight, choice.threshold)
-        found.append(label_counts(labels, truth, len(groups)).cpu().numpy())
-    return np.concatenate(found)
+        counts.append(label_counts(labels, truth, len(groups)).cpu().numpy())
+    return np.concatenate(counts)
 
 
 def painted(labels: np.ndarray, masks: list[np.ndarray], count: int) -> np.ndarray:
     """(n, 3, K) counts by image of answering labels (n,), one an image, at every pixel."""
-    found = []
+    counts = []
     for rows, truth in same_size_chunks(masks):
         everywhere = torch.as_tensor(labels[rows])[:, None, None].expand_as(truth)
-        found.append(label_counts(everywhere, truth, count).numpy())
-    return np.concatenate(found)
+        counts.append(label_counts(everywhere, truth, count).numpy())
+    return np.concatenate(counts)
 
 
 def image_labels(images: Tensor, groups: list[list[int]]) -> np.ndarray:
@@ -214,11 +214,11 @@ def image_labels(images: Tensor, groups: list[list[int]]) -> np.ndarray:
 
 def coverage(masks: list[np.ndarray], grid: int, count: int) -> np.ndarray:
     """(n, 3, K) counts by image of the best that a grid can do: `covered`."""
-    found = []
+    counts = []
     for _, truth in same_size_chunks(masks):
         for one in truth:  # K maps of a mask's size at a time
-            found.append(label_counts(covered(one, grid, count)[None], one[None], count))
-    return torch.cat(found).numpy()
+            counts.append(label_counts(covered(one, grid, count)[None], one[None], count))
+    return torch.cat(counts).numpy()
 
 
 def covered(truth: Tensor, grid: int, count: int) -> Tensor:

@@ -115,14 +115,14 @@ def _activation_rows(figure: Figure, axes: np.ndarray, seen: Look) -> None:
         {who: view.patches @ getattr(query, who) for who, view in sides.items()}
         for query in seen.queries
     ]
-    values = np.concatenate([found.ravel() for row in maps for found in row.values()])
+    values = np.concatenate([cosines.ravel() for row in maps for cosines in row.values()])
     low, high = float(np.percentile(values, LOWEST)), float(values.max())
     for line, row, query in zip(axes, maps, seen.queries, strict=True):
         plots.picture(line[0], seen.image, plots.wrapped(query.title, 30, 3))
-        for ax, (who, found) in zip(line[1:], row.items(), strict=False):
+        for ax, (who, cosines) in zip(line[1:], row.items(), strict=False):
             whole = sides[who].embedding @ getattr(query, who)
-            title = f"{who}: cosine at most {found.max():.3f}\nwhole image {whole:.3f}"
-            plots.picture(ax, plots.overlay(seen.image, found, low, high), title)
+            title = f"{who}: cosine at most {cosines.max():.3f}\nwhole image {whole:.3f}"
+            plots.picture(ax, plots.overlay(seen.image, cosines, low, high), title)
         for ax in line[1 + len(row) :]:
             ax.axis("off")
     plots.colour_bar(figure, axes, low, high, "cosine of patch and text", extend="min")

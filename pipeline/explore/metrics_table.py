@@ -66,14 +66,14 @@ def titled_metrics(measured: Evaluation) -> list[tuple[str, Metric]]:
 
 def reasons(measured: Evaluation) -> dict[str, str]:
     """What is left out -> why: groups, and parts of them such as `segmentation teacher`."""
-    found = {}
+    left_out = {}
     for kind, group in measured.groups().items():
         if group.left_out:
-            found[kind] = group.left_out
+            left_out[kind] = group.left_out
         for name, fact in group.facts.items():
             if name.endswith("_left_out"):
-                found[f"{kind} {name.removesuffix('_left_out')}"] = str(fact)
-    return found
+                left_out[f"{kind} {name.removesuffix('_left_out')}"] = str(fact)
+    return left_out
 
 
 def _natural(name: str) -> list[int | str]:

@@ -67,14 +67,14 @@ class Queries:
         logging.disable(logging.ERROR)  # what open_clip logs of missing weights stands in the note
         try:
             teacher = Teacher(self.card, torch.device("cpu"))
-            found = teacher_identity(teacher.card, self.card)
+            identity = teacher_identity(teacher.card, self.card)
         except PipelineError as error:
             self.no_teacher = f"{str(error).split('. ')[0].rstrip('.')}."
             return None
         finally:
             logging.disable(logging.NOTSET)
-        same_config = stored.dtype == "imported" or found.config == stored.teacher.config
-        if found.card != stored.teacher.card or not same_config:
+        same_config = stored.dtype == "imported" or identity.config == stored.teacher.config
+        if identity.card != stored.teacher.card or not same_config:
             raise PipelineError(
                 f"{self.card} is not the teacher of data/teacher, which is "
                 f"{stored.teacher.card.name} ({stored.teacher.card.model}). Name its card with "
@@ -186,13 +186,13 @@ def stored_image(data: Path, named: Path | str) -> np.ndarray:
 
     Raises PipelineError where there is none.
     """
-    found = database.connect(data).execute(STORED_IMAGE, [str(named), str(named)]).fetchone()
-    if found is None:
+    row = database.connect(data).execute(STORED_IMAGE, [str(named), str(named)]).fetchone()
+    if row is None:
         raise PipelineError(
             f"{named}: no such file, and no image of the collection has it for an image_id or url. "
             "`pipeline search TEXT` prints both."
         )
-    return decode(found[0])
+    return decode(row[0])
 
 
 def _short(text: str) -> str:

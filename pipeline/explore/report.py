@@ -239,7 +239,7 @@ def _curves(log: Path) -> list[dict]:
             rows = list(csv.DictReader(file))
     except OSError:
         raise PipelineError(f"no {log}. Run `pipeline distill` first.") from None
-    found = []
+    curves = []
     for title, (label, names) in CURVES.items():
         points = {
             name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
@@ -259,21 +259,21 @@ def _curves(log: Path) -> list[dict]:
             steps_in_all = max(map(max, steps.values()))
             alt = f"{title} over {steps_in_all} steps: {ends}."
             draw = partial(report_charts.training_curve, steps, values, label)
-            found.append({"title": title, "alt": alt} | report_charts.in_both_lights(draw))
-    return found
+            curves.append({"title": title, "alt": alt} | report_charts.in_both_lights(draw))
+    return curves
 
 
 def _searches(collection: Collection, prompts: list[str]) -> list[dict]:
-    found = []
+    searches = []
     for prompt in prompts:
         _, _, vectors = load_text_embeddings(collection.data, "trim(text) = ?", [prompt.strip()])
         if len(vectors):
             hits = collection.search(Query(prompt, vectors[0], vectors[0]), HITS)
             shared = len({h.image_id for h in hits.student} & {h.image_id for h in hits.teacher})
-            found.append({"title": prompt, "shared": shared, "sides": _tiles(hits)})
+            searches.append({"title": prompt, "shared": shared, "sides": _tiles(hits)})
         else:
-            found.append({"title": prompt, "shared": 0, "sides": {}})
-    return found
+            searches.append({"title": prompt, "shared": 0, "sides": {}})
+    return searches
 
 
 def _tiles(hits: Hits) -> dict[str, list[panels.Tile]]:

@@ -124,8 +124,8 @@ class Collection:
 
         drawn: those whose jpg is wanted. Any thread may ask.
         """
-        found = self._connection.cursor().execute(FACTS, [drawn, ids]).fetchall()
-        return {key: tuple(facts) for key, *facts in found}
+        rows = self._connection.cursor().execute(FACTS, [drawn, ids]).fetchall()
+        return {key: tuple(facts) for key, *facts in rows}
 
 
 def hits_text(hits: Hits, form: HitsFormat) -> str:
@@ -150,9 +150,9 @@ def search_figure(hits: Hits, out: Path) -> None:
         size = max(1.5 * drawn, 4.5), 5.0
         figure = plots.Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.08))
         more = f", first {drawn} of {len(hits.student)}" if len(hits.student) > drawn else ""
-        found = f"best of {hits.collection} images{more}"
+        subtitle = f"best of {hits.collection} images{more}"
         title = plots.wrapped(hits.title, 16 * drawn, lines=2)
-        figure.suptitle(f"{title}\n{found}", fontsize=10)
+        figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
         plots.footnotes(figure, hits.notes)
         strips: Any = figure.subfigures(2, 1)
         for strip, by in zip(strips, ("student", "teacher"), strict=True):

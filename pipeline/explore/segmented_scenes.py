@@ -42,13 +42,13 @@ def dense_teacher(queries: Queries, grid: int) -> DenseTeacher | str:
 
 
 def painted_scenes(
-    data: Path, config: EvaluateConfig, student: Student, found: dict, count: int
+    data: Path, config: EvaluateConfig, student: Student, metrics: dict, count: int
 ) -> list[dict]:
     """Groups of tiles, [{title, tiles}], of the first images that have masks.
 
-    found: what `segmentation_metrics` says, whose thresholds are used; [] where nothing was judged.
+    metrics: what `segmentation_metrics` says, whose thresholds are used; [] where nothing was judged.
     """
-    if "mIoU" not in found:
+    if "mIoU" not in metrics:
         return []
     how, queries = config.segmentation, Queries(data, Path(config.segmentation.card))
     labels = read_classes(Path(how.classes), how.background)
@@ -59,8 +59,8 @@ def painted_scenes(
     grid = how.image_size // student.config.patch_size
     sides = {"student": (by_student(source, config.split, masks, asked, how, student), "threshold")}
     teacher = dense_teacher(queries, grid)
-    if isinstance(teacher, DenseTeacher) and "image_size_teacher" in found:
-        size = found["image_size_teacher"]
+    if isinstance(teacher, DenseTeacher) and "image_size_teacher" in metrics:
+        size = metrics["image_size_teacher"]
         dense = by_teacher(source, config.split, masks, asked, teacher, size)
         sides["teacher, dense features"] = dense, "threshold_teacher"
     pixels = _pixels(data, config, student, masks)
@@ -73,7 +73,8 @@ def painted_scenes(
         }
         for name, (cosines, limit) in sides.items():
             one = cosines.patches[i : i + 1], cosines.images[i : i + 1]
-            maps[name] = seg.segment(*one, asked.groups, mask.shape, threshold=found.get(limit))[0]
+            threshold = metrics.get(limit)
+            maps[name] = seg.segment(*one, asked.groups, mask.shape, threshold=threshold)[0]
         tiles = [
             _tile(pixels[key], name, each.cpu().numpy(), labels) for name, each in maps.items()
         ]
@@ -86,16 +87,16 @@ def _pixels(
 ) -> dict[str, np.ndarray]:
     """image_id -> (SHOWN, SHOWN, 3) uint8 of the images of these masks."""
     dataset = Dataset(data, config.split, SHOWN, student.preprocessing.interpolation)
-    found = {}
+    images = {}
     for some in held_out_batches(dataset, range(len(dataset)), 16, workers=1):
-        found |= {
+        images |= {
             key: image
             for key, image in zip(some.ids, np.asarray(some.pixels), strict=True)
             if key in masks
         }
-        if len(found) == len(masks):
+        if len(images) == len(masks):
             break
-    return found
+    return images
 
 
 def _tile(image: np.ndarray, name: str, labels: np.ndarray, classes: list[list[str]]) -> Tile:

@@ -27,13 +27,13 @@ def _run(stage: str, stamp: str, device: str, speed: float, recipe: str, metrics
     run = {"stamp": stamp, "device": device, "images_per_second": speed}
     if stage == "teacher_embed":
         return run | {"series": "teacher", "what": f"teacher{_name(recipe)}", "cosine": 1.0}
-    found = json.loads(metrics)
-    run |= {"series": "student", "what": "student", "cosine": found["fidelity.cosine"]}
-    if "student.pool" in found:
-        size = f"{found['student.parameters'] / 1e6:.2f} M, {found['student.image_size']} px"
-        run["what"] = f"student, {found['student.pool']}, {size}"
-        if found["student.pool"] != OURS:
-            run["series"] = f"baseline: {found['student.pool']}"
+    values = json.loads(metrics)
+    run |= {"series": "student", "what": "student", "cosine": values["fidelity.cosine"]}
+    if "student.pool" in values:
+        size = f"{values['student.parameters'] / 1e6:.2f} M, {values['student.image_size']} px"
+        run["what"] = f"student, {values['student.pool']}, {size}"
+        if values["student.pool"] != OURS:
+            run["series"] = f"baseline: {values['student.pool']}"
     return run
 
 

@@ -64,10 +64,10 @@ def list_contained(manifest: Path, root: Path, out: Path) -> Path:
 def _files(manifest: Path) -> list[Path]:
     if manifest.is_dir():
         kinds = {".tar", ".parquet"}
-        found = sorted(path for path in manifest.rglob("*") if path.suffix in kinds)
-        found = [path for path in found if path.is_file() and not path.name.startswith((".", "_"))]
-        tars = [path for path in found if path.suffix == ".tar"]
-        return tars or found  # img2dataset leaves Parquet of its records beside its tars
+        paths = sorted(path for path in manifest.rglob("*") if path.suffix in kinds)
+        paths = [path for path in paths if path.is_file() and not path.name.startswith((".", "_"))]
+        tars = [path for path in paths if path.suffix == ".tar"]
+        return tars or paths  # img2dataset leaves Parquet of its records beside its tars
     if has_magic(str(manifest)) and not manifest.exists():
         return sorted(Path(path) for path in glob(str(manifest), recursive=True))
     return [manifest] if manifest.is_file() else []

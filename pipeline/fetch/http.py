@@ -179,10 +179,10 @@ class HttpClient:
 
     def _addresses(self, target: Target, clock: _Clock, from_public: bool) -> list[tuple]:
         """(family, sockaddr) of a host, resolved once; all may be asked, or FetchError."""
-        found = _resolve(target.host, target.port, clock)
-        for _, (text, *_) in found:
+        addresses = _resolve(target.host, target.port, clock)
+        for _, (text, *_) in addresses:
             self._require_allowed(target, ipaddress.ip_address(text), from_public)
-        return found
+        return addresses
 
     def _require_allowed(self, target: Target, address: Address, from_public: bool) -> None:
         """Raises FetchError `refused`, unless the address is public or `allow` names it."""

@@ -308,8 +308,8 @@ def _notes(connection: duckdb.DuckDBPyConnection, forgotten: Forgotten) -> list[
     notes = []
 
     def count(sql: str) -> int:
-        ((found,),) = connection.execute(sql).fetchall()
-        return found or 0
+        ((number,),) = connection.execute(sql).fetchall()
+        return number or 0
 
     if damaged := count("SELECT sum(damaged) FROM written"):
         notes.append(f"{damaged} captions are not UTF-8 and left out; their images are kept.")

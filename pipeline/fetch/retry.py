@@ -47,11 +47,11 @@ def _retryable(out: Path) -> int:
 
 def _write_round(params: Path, round: int) -> None:
     pattern = r"(?ms)^(download:[^\n]*\n(?:[ \t#][^\n]*\n|\n)*?[ \t]+round:[ \t]*)\d+"
-    text, found = re.subn(pattern, rf"\g<1>{round}", params.read_text(encoding="utf-8"), count=1)
-    if found:
+    text, replaced = re.subn(pattern, rf"\g<1>{round}", params.read_text(encoding="utf-8"), count=1)
+    if replaced:
         mode = params.stat().st_mode
         write_file(params, lambda path: (path.write_text(text, encoding="utf-8"), path.chmod(mode)))
-    if not found or load_section(params, STAGE).round != round:
+    if not replaced or load_section(params, STAGE).round != round:
         raise PipelineError(
             f"{params}: found no line `round:` in the section download. Write `round: {round}` there "
             "yourself, and run `pipeline download`."

@@ -119,10 +119,10 @@ def _matches(pattern: str, path: str) -> bool:
     last = pieces.pop() if anchored else ""
     at = len(first)
     for piece in pieces:
-        found = path.find(piece, at)
-        if found < 0:
+        start = path.find(piece, at)
+        if start < 0:
             return False
-        at = found + len(piece)
+        at = start + len(piece)
     return path.endswith(last) and len(path) - len(last) >= at
 
 

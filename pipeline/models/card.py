@@ -117,9 +117,9 @@ def check_weights(card: TeacherCard, path: Path) -> None:
 
 def check_digest(path: Path, file: Path, expected: str | None) -> None:
     """Raises PipelineError unless a file has the SHA-256 that the card (at path) names."""
-    if (found := sha256_of(file)) != expected:
+    if (actual := sha256_of(file)) != expected:
         raise PipelineError(
-            f"{path}: {file} has SHA-256 {found}, the card says {expected}. Put the right file "
+            f"{path}: {file} has SHA-256 {actual}, the card says {expected}. Put the right file "
             "there, or write the card anew with `pipeline import teacher`."
         )
 

@@ -194,10 +194,10 @@ def overlap_text(overlap: float) -> str:
 
 def stored_pixels(images: Path, student: Student) -> np.ndarray:
     """(B, 3, S, S) float32: the first good images of data/images as the student wants them."""
-    found = np.stack(list(itertools.islice(_squares(images, student), IMAGES)) or [[]])
-    if not found.size:
+    pixels = np.stack(list(itertools.islice(_squares(images, student), IMAGES)) or [[]])
+    if not pixels.size:
         raise PipelineError(f"{images} holds no good image. Run `pipeline download` first.")
-    return student.as_input(found).contiguous().numpy()
+    return student.as_input(pixels).contiguous().numpy()
 
 
 def _squares(images: Path, student: Student) -> Iterator[np.ndarray]:

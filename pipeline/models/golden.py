@@ -50,8 +50,8 @@ def recognise(teacher: "Teacher", card_path: Path, *, accept: bool) -> None:
     """
     card, golden, known = teacher.card, teacher.card.golden, "nothing recognises its weights"
     if golden is not None:
-        found, expected = teacher.embed_texts(list(golden.texts)), list(golden.texts.values())
-        cosine = _compare("text", found, expected, card_path, accept=accept)
+        vectors, expected = teacher.embed_texts(list(golden.texts)), list(golden.texts.values())
+        cosine = _compare("text", vectors, expected, card_path, accept=accept)
         known = f"only the text tower was recognised, with a cosine of {cosine:.5f}"
         if golden.image is not None:
             image = teacher.embed_images(test_pattern(teacher.image_size)[None])
@@ -65,16 +65,16 @@ def recognise(teacher: "Teacher", card_path: Path, *, accept: bool) -> None:
 
 
 def _compare(
-    tower: str, found: np.ndarray, expected: list[list[float]], path: Path, *, accept: bool
+    tower: str, vectors: np.ndarray, expected: list[list[float]], path: Path, *, accept: bool
 ) -> float:
     """The least cosine between answers and golden vectors."""
-    if any(len(vector) != found.shape[1] for vector in expected):
+    if any(len(vector) != vectors.shape[1] for vector in expected):
         raise PipelineError(
-            f"{path}: the {tower} tower answers {found.shape[1]} values, the card's golden vector "
+            f"{path}: the {tower} tower answers {vectors.shape[1]} values, the card's golden vector "
             f"has {len(expected[0])}. This is another model; correct the card."
         )
     wanted = np.array(expected) / np.linalg.norm(expected, axis=1, keepdims=True)
-    cosine = float((found * wanted).sum(1).min())
+    cosine = float((vectors * wanted).sum(1).min())
     if not cosine >= OTHER and not accept:
         raise PipelineError(
             f"{path}: the {tower} tower's answers have a cosine of {cosine:.3f} to the card's golden "

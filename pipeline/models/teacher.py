@@ -165,9 +165,9 @@ class Teacher:
         return "quickgelu" if QuickGELU in kinds else "gelu"
 
     def _check_activation(self, card_path: Path) -> None:
-        if (found := self.activation()) != self.card.activation:
+        if (activation := self.activation()) != self.card.activation:
             raise PipelineError(
-                f"{card_path}: {self.card.model} was built with {found}, the card says "
+                f"{card_path}: {self.card.model} was built with {activation}, the card says "
                 f"{self.card.activation}. OpenAI's weights need a model name that ends in "
                 "-quickgelu; correct `model` or `activation`."
             )
@@ -177,8 +177,8 @@ def teacher_identity(card: TeacherCard, card_path: Path) -> TeacherIdentity:
     """What determines this teacher's vectors, apart from dtype and batch size."""
     weights = weights_file(card, card_path)
     config = weights.with_name(CONFIG) if weights and card.model.startswith(LOCAL) else None
-    found = digest(config.read_text()) if config and config.is_file() else None
-    return TeacherIdentity(card=card.named(), config=found, version=VERSION)
+    config_digest = digest(config.read_text()) if config and config.is_file() else None
+    return TeacherIdentity(card=card.named(), config=config_digest, version=VERSION)
 
 
 def teacher_libraries() -> dict[str, str]:

@@ -69,10 +69,10 @@ def read_teacher_config(folder: Path) -> dict[str, dict[str, Any]]:
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def _only(path: Path, section: str, found: Any, allowed: set[str]) -> None:
-    if not isinstance(found, dict):
-        raise PipelineError(f"{path}: {section or 'it'} holds {type(found).__name__}, no section.")
-    if unknown := found.keys() - allowed:
+def _only(path: Path, section: str, values: Any, allowed: set[str]) -> None:
+    if not isinstance(values, dict):
+        raise PipelineError(f"{path}: {section or 'it'} holds {type(values).__name__}, no section.")
+    if unknown := values.keys() - allowed:
         raise PipelineError(
             f"{path}: {section} {', '.join(sorted(unknown))}: not among the keys that may be set "
             f"({', '.join(sorted(allowed))}). Tokenizers of a hub, code and paths of files are not "

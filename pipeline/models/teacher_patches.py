@@ -39,7 +39,7 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     seen: list = []
     hook = last.attn.register_forward_pre_hook(lambda _, tokens: seen.append(tokens))
     try:
-        found = tower.forward_intermediates(
+        features = tower.forward_intermediates(
             teacher.normalised(pixels[None].copy()),
             indices=1,
             normalize_intermediates=True,
@@ -49,12 +49,12 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
         hook.remove()
     _, attention = last.attn(*seen[-1], need_weights=True)  # (1, 1 + N, 1 + N)
     weights = attention[0, 0, 1:].float()  # (N,)
-    tokens = found["image_intermediates"][-1][0]  # (N, W)
+    tokens = features["image_intermediates"][-1][0]  # (N, W)
     patches = tokens if tower.proj is None else tokens @ tower.proj  # (N, E)
     return PatchView(
         (weights / weights.sum()).cpu().numpy().reshape(tower.grid_size),
         F.normalize(patches.float(), dim=-1).cpu().numpy().reshape(*tower.grid_size, -1),
-        F.normalize(found["image_features"][0].float(), dim=-1).cpu().numpy(),
+        F.normalize(features["image_features"][0].float(), dim=-1).cpu().numpy(),
     )
 
 

@@ -62,7 +62,7 @@ def good_shas(shard: Path) -> set[str]:
     }
 
 
-def load_text_embeddings(
+def embed_texts(
     teacher: Teacher, texts: Iterable[str], batch: int, known: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Each distinct text -> (E,) float16."""

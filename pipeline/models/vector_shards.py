@@ -24,7 +24,7 @@ from pipeline.data import pixels, shards, views
 from pipeline.data.earlier import EarlierRows
 from pipeline.data.texts import text_id
 from pipeline.models.teacher import TEXTS_VERSION, Teacher, teacher_libraries
-from pipeline.models.teacher_shards import Known, good_shas, load_text_embeddings, view_tables
+from pipeline.models.teacher_shards import Known, embed_texts, good_shas, view_tables
 
 STAGE = "teacher_embed"
 PROMPTS = "texts/prompts.parquet"
@@ -116,9 +116,9 @@ class VectorShards:
         groups = _in_groups(self.prompts) if name == PROMPTS else _captions(self._source(name))
         texts = list(dict.fromkeys(text for rows in groups for _, text in rows))
         known = self._known_texts(texts)
-        found = load_text_embeddings(self.teacher, texts, self.config.batch, known)
+        vector_of = embed_texts(self.teacher, texts, self.config.batch, known)
         size = self.teacher.embedding_size
-        tables = [_text_table(rows, found, size) for rows in groups]
+        tables = [_text_table(rows, vector_of, size) for rows in groups]
         drift = self._drift("text", texts[:PROBE])
         return self._commit(name, shards.texts_schema(size), tables, drift)
 
@@ -175,14 +175,14 @@ class VectorShards:
     @cached_property
     def _sources(self) -> dict[str, dict[Path, dict]]:
         """images and texts -> the files that hold vectors of this teacher, newest first."""
-        found: dict[str, dict[Path, dict]] = {"images": {}, "texts": {}}
+        sources: dict[str, dict[Path, dict]] = {"images": {}, "texts": {}}
         newest_first = sorted(self.store.entries(), key=lambda e: -self.store.time(e))
         for entry in filter(self.store.sound, newest_first):
             path = self.store.path(entry)
             made = shards.provenance(path, STAGE)
             if all(made.get(key) == self.origins[PROMPTS][key] for key in SAME_VECTORS):
-                found[entry.name.split("/")[0]][path] = made
-        return found
+                sources[entry.name.split("/")[0]][path] = made
+        return sources
 
     @cached_property
     def _earlier_views(self) -> EarlierRows:
@@ -235,8 +235,8 @@ def _in_groups(prompts: list[str]) -> list[list[tuple[None, str]]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _text_table(rows: list[tuple], found: dict[str, np.ndarray], size: int) -> pa.Table:
-    matrix = np.array([found[text] for _, text in rows], np.float16).reshape(len(rows), size)
+def _text_table(rows: list[tuple], vector_of: dict[str, np.ndarray], size: int) -> pa.Table:
+    matrix = np.array([vector_of[text] for _, text in rows], np.float16).reshape(len(rows), size)
     return pa.table(
         {
             "text_id": pa.array([text_id(*row) for row in rows], pa.string()),

@@ -96,21 +96,21 @@ class Dataset:
         """A row as an epoch shows it. Raises PipelineError where its view is not stored."""
         shard, group, at = self.address(row)
         view = (_mixed(seed, shard, group) + epoch) % self.views
-        found = self._group(shard, group, view)
-        image_id = found.image_ids[at].as_py()
-        if image_id not in found.index:
+        row_group = self._group(shard, group, view)
+        image_id = row_group.image_ids[at].as_py()
+        if image_id not in row_group.index:
             raise PipelineError(
                 f"image {image_id} has no embedding of view {view} in data/teacher. Run "
                 "`pipeline teacher-embed`."
             )
-        i, texts = found.index[image_id], found.texts.get(image_id)
+        i, texts = row_group.index[image_id], row_group.texts.get(image_id)
         text = None if texts is None else texts[_caption(epoch, self.views, len(texts))]
         return Sample(
             image_id,
-            found.jpgs[at].as_py(),
-            found.boxes[i],
-            found.flips[i],
-            found.embeddings[i],
+            row_group.jpgs[at].as_py(),
+            row_group.boxes[i],
+            row_group.flips[i],
+            row_group.embeddings[i],
             text,
         )
 

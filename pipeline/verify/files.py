@@ -153,8 +153,8 @@ def _damage(path: Path, sha256: str | None) -> str | None:
     if not path.is_file():
         return "missing"
     try:
-        if sha256 and (found := file_digest(path)) != sha256:
-            return f"SHA-256 {found}, its stamp says {sha256}"
+        if sha256 and (actual := file_digest(path)) != sha256:
+            return f"SHA-256 {actual}, its stamp says {sha256}"
         if path.suffix == ".parquet":
             for _ in _groups(path):
                 pass

@@ -44,15 +44,15 @@ def forgotten_findings(data: Path, forgotten: Forgotten) -> list[Finding]:
 
 def _forgotten_rows(data: Path) -> set[str]:
     """image_ids of rows that are forgotten already: some were named by their bytes."""
-    found: set[str] = set()
+    ids: set[str] = set()
     for path in data.glob("images/*.parquet"):
         try:
             table = read_shard(path, "download", ["image_id", "status"])
         except PipelineError:
             continue  # damaged or foreign, which is a finding of its own
         gone = table.filter(pc.equal(table["status"], "forgotten"))
-        found.update(gone["image_id"].to_pylist())
-    return found
+        ids.update(gone["image_id"].to_pylist())
+    return ids
 
 
 def _held_in(path: Path, ids: set[str], forgotten: Forgotten, words: list[str]) -> Iterator[str]:
