@@ -287,15 +287,15 @@ def look(
     if segment:
         from pipeline.explore.segment import segment_figure, segment_image
 
-        seen = segment_image(queries, Path(image), prompts or [], size, threshold)
-        segment_figure(seen, out)
+        view = segment_image(queries, Path(image), prompts or [], size, threshold)
+        segment_figure(view, out)
     else:
         from pipeline.explore.look import look as run
         from pipeline.explore.look import look_figure
 
-        seen = run(queries, image, prompts or [])
-        look_figure(seen, out)
-    for line in [*seen.notes, f"{out} written"]:
+        view = run(queries, image, prompts or [])
+        look_figure(view, out)
+    for line in [*view.notes, f"{out} written"]:
         say(line, err=True)
 
 

@@ -131,8 +131,10 @@ def import_embeddings(
     from stages.import_embeddings import import_embeddings as run
 
     teacher = read_card(card)
-    how = stated_preprocessing(teacher, card)
-    summary = run(data, source, teacher=teacher.named(), texts=texts or [], preprocessing=how)
+    preprocessing = stated_preprocessing(teacher, card)
+    summary = run(
+        data, source, teacher=teacher.named(), texts=texts or [], preprocessing=preprocessing
+    )
     counts = {"images": summary.images, "texts": summary.texts} | summary.further_counts
     counted = ("images", "images without embedding", "embeddings without image", "texts")
     say(", ".join(f"{counts[name]} {name}" for name in counted) + f" in {data / 'teacher'}")

@@ -162,18 +162,18 @@ def _train(
         work.begin()
         write_json(work.folder / RECIPE, work.recipe.model_dump())
     ranks.wait()
-    seen = config.student.image_size, teacher.preprocessing.interpolation
+    size_and_interpolation = config.student.image_size, teacher.preprocessing.interpolation
     lanes = config.shuffle_row_groups
     dataset = Dataset(
         data,
         "train",
-        *seen,
+        *size_and_interpolation,
         views=config.views,
         captions=config.loss.caption > 0,
         groups_in_use=lanes,
     )
     order = Sampler(dataset, config.seed, config.batch, lanes)
-    held_out = Dataset(data, "val", *seen)
+    held_out = Dataset(data, "val", *size_and_interpolation)
     torch.manual_seed(config.seed)
     trainer = Trainer(
         config, _first_student(config, teacher.preprocessing), training_mean(data), ranks

@@ -111,8 +111,8 @@ def _write_index(
     work: Work, config: EvaluateConfig, data: Path, student: Student, workers: int
 ) -> int:
     """The student's embedding of every kept image, a shard at a time; returns how many."""
-    how = student.preprocessing.interpolation
-    dataset = Dataset(data, None, student.config.image_size, how)
+    interpolation = student.preprocessing.interpolation
+    dataset = Dataset(data, None, student.config.image_size, interpolation)
     numbers = np.arange(len(dataset))
     done = 0
     with tqdm(total=len(dataset), unit="image", desc=STAGE) as bar:

@@ -365,15 +365,17 @@ def _refuse_unknown(part: Part, known: dict[str, str | None]) -> None:
     )
 
 
-def _image_tables(shard: Path, vectors: dict, how: Preprocessing, size: int) -> Iterator[pa.Table]:
+def _image_tables(
+    shard: Path, vectors: dict, preprocessing: Preprocessing, size: int
+) -> Iterator[pa.Table]:
     """The vectors of each row group's good images, in the columns and order of stage one."""
     facts = ["image_id", "status", "sha256", "width", "height"]
     with shards.open_shard(shard, "download") as file:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=facts).to_pylist()
             rows = [r for r in rows if r["status"] == "ok" and r["image_id"] in vectors]
-            seen = how.resize_mode, how.image_size
-            boxes = [canonical_view(row["width"], row["height"], *seen) for row in rows]
+            teacher_view = preprocessing.resize_mode, preprocessing.image_size
+            boxes = [canonical_view(row["width"], row["height"], *teacher_view) for row in rows]
             matrix = [vectors[row["image_id"]].unit() for row in rows]
             matrix = np.array(matrix, np.float16).reshape(len(rows), size)
             columns = {name: [row[name] for row in rows] for name in ("image_id", "sha256")}

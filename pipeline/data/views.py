@@ -109,11 +109,11 @@ def view_pixels(
     down = _cut(top, bottom, image.shape[0], size)
     if across and down:
         source = np.ascontiguousarray(image[down.source, across.source])
-        seen = _resized(from_numpy(source), down, across, interpolation)[down.seen, across.seen]
+        resized = _resized(from_numpy(source), down, across, interpolation)[down.seen, across.seen]
     else:
         small = Image.fromarray(image).resize((size, size), RESAMPLING[interpolation], box=box)
-        seen = from_numpy(np.array(small))
-    return (seen.flip(1) if flip else seen.contiguous()).numpy()
+        resized = from_numpy(np.array(small))
+    return (resized.flip(1) if flip else resized.contiguous()).numpy()
 
 
 class _Cut(NamedTuple):

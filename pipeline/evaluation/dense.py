@@ -35,17 +35,17 @@ def sliding_cosines(student: Student, pixels: Tensor, prompts: Tensor, stride: i
             f"sides must be multiples of the patch size {patch}, and the sides at least {side}."
         )
     total = torch.zeros(len(pixels), len(prompts), height // patch, width // patch)
-    total, seen = total.to(student.mean.device), torch.zeros(total.shape[2:])
-    seen, images = seen.to(total.device), []
+    total, times_covered = total.to(student.mean.device), torch.zeros(total.shape[2:])
+    times_covered, images = times_covered.to(total.device), []
     for top in window_starts(height, side, stride):
         for left in window_starts(width, side, stride):
             window = pixels[:, :, top : top + side, left : left + side]
             cosines = student_cosines(student, window, prompts)
             rows, columns = (slice(at // patch, (at + side) // patch) for at in (top, left))
             total[:, :, rows, columns] += cosines.patches
-            seen[rows, columns] += 1
+            times_covered[rows, columns] += 1
             images.append(cosines.images)
-    return Cosines(total / seen, torch.stack(images).mean(dim=0))
+    return Cosines(total / times_covered, torch.stack(images).mean(dim=0))
 
 
 def window_starts(length: int, side: int, stride: int) -> list[int]:

@@ -57,8 +57,8 @@ def look(queries: Queries, named: Path | str, prompts: list[str]) -> Look:
         teacher = _teacher_view(queries, image)
     except PipelineError as error:
         notes.append(f"Left out, the teacher's panels: {error}")
-    seen = student_view(student, queries.view(image, student.config.image_size))
-    return Look(file.name, queries.view(image, SHOWN), seen, teacher, asked, notes)
+    patch_view = student_view(student, queries.view(image, student.config.image_size))
+    return Look(file.name, queries.view(image, SHOWN), patch_view, teacher, asked, notes)
 
 
 def _teacher_view(queries: Queries, image: np.ndarray) -> PatchView:
@@ -69,38 +69,38 @@ def _teacher_view(queries: Queries, image: np.ndarray) -> PatchView:
     return teacher_view(queries.teacher, queries.view(image, queries.teacher.image_size))
 
 
-def look_figure(seen: Look, out: Path) -> None:
+def look_figure(shown: Look, out: Path) -> None:
     """Write one PNG: image, patch weights (and the teacher's attention); a row per prompt.
 
     Weights and attention share one colour scale, all activation maps another.
     """
-    columns, rows = (4 if seen.teacher else 2), 1 + len(seen.queries)
+    columns, rows = (4 if shown.teacher else 2), 1 + len(shown.queries)
     with plots.style():
-        size = 2.1 * columns + 0.9, 2.35 * rows + 0.3 + 0.3 * len(seen.notes)
+        size = 2.1 * columns + 0.9, 2.35 * rows + 0.3 + 0.3 * len(shown.notes)
         figure = plots.Figure(figsize=size, layout="constrained")
-        figure.suptitle(plots.wrapped(seen.title, 30 * columns, 1), fontsize=9)
-        plots.footnotes(figure, seen.notes)
+        figure.suptitle(plots.wrapped(shown.title, 30 * columns, 1), fontsize=9)
+        plots.footnotes(figure, shown.notes)
         axes = figure.subplots(rows, columns, squeeze=False)
-        _weights_row(figure, axes[0], seen)
-        if seen.queries:
-            _activation_rows(figure, axes[1:], seen)
+        _weights_row(figure, axes[0], shown)
+        if shown.queries:
+            _activation_rows(figure, axes[1:], shown)
         write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))
 
 
-def _weights_row(figure: Figure, axes: np.ndarray, seen: Look) -> None:
+def _weights_row(figure: Figure, axes: np.ndarray, shown: Look) -> None:
     """The image, then every map of weights, with what can be measured of it."""
-    mine = seen.student.weights
+    mine = shown.student.weights
     panels = {f"student: patch weights\n{_entropy(mine)}": mine}
-    if seen.teacher:
-        attention = seen.teacher.weights
+    if shown.teacher:
+        attention = shown.teacher.weights
         grid = len(attention)
         alike = f"correlation with the teacher's {agreement(mine, attention):.2f}"
         panels[f"student: patch weights on {grid} x {grid}\n{alike}"] = on_grid(mine, grid)
         panels[f"teacher: class token's attention\n{_entropy(attention)}"] = attention
     high = max(2.0, *(in_shares(weights).max() for weights in panels.values()))
-    plots.picture(axes[0], seen.image, "image, as the student sees it")
+    plots.picture(axes[0], shown.image, "image, as the student sees it")
     for ax, (title, weights) in zip(axes[1:], panels.items(), strict=True):
-        plots.picture(ax, plots.overlay(seen.image, in_shares(weights), 0, high), title)
+        plots.picture(ax, plots.overlay(shown.image, in_shares(weights), 0, high), title)
     plots.colour_bar(figure, axes, 0, high, "times the equal share")
 
 
@@ -108,21 +108,21 @@ def _entropy(weights: np.ndarray) -> str:
     return f"entropy {entropy(weights):.2f} of {np.log2(weights.size):.2f} bits"
 
 
-def _activation_rows(figure: Figure, axes: np.ndarray, seen: Look) -> None:
+def _activation_rows(figure: Figure, axes: np.ndarray, shown: Look) -> None:
     """A row per prompt: the image, then the cosine of each patch to it by each side."""
-    sides = {"student": seen.student} | ({"teacher": seen.teacher} if seen.teacher else {})
+    sides = {"student": shown.student} | ({"teacher": shown.teacher} if shown.teacher else {})
     maps = [
         {who: view.patches @ getattr(query, who) for who, view in sides.items()}
-        for query in seen.queries
+        for query in shown.queries
     ]
     values = np.concatenate([cosines.ravel() for row in maps for cosines in row.values()])
     low, high = float(np.percentile(values, LOWEST)), float(values.max())
-    for line, row, query in zip(axes, maps, seen.queries, strict=True):
-        plots.picture(line[0], seen.image, plots.wrapped(query.title, 30, 3))
+    for line, row, query in zip(axes, maps, shown.queries, strict=True):
+        plots.picture(line[0], shown.image, plots.wrapped(query.title, 30, 3))
         for ax, (who, cosines) in zip(line[1:], row.items(), strict=False):
             whole = sides[who].embedding @ getattr(query, who)
             title = f"{who}: cosine at most {cosines.max():.3f}\nwhole image {whole:.3f}"
-            plots.picture(ax, plots.overlay(seen.image, cosines, low, high), title)
+            plots.picture(ax, plots.overlay(shown.image, cosines, low, high), title)
         for ax in line[1 + len(row) :]:
             ax.axis("off")
     plots.colour_bar(figure, axes, low, high, "cosine of patch and text", extend="min")

@@ -48,13 +48,13 @@ def patch_groups(
 
     by_teacher: a sample of the dataset -> what the teacher makes of it, for its attention beside them.
     """
-    how, groups = student.preprocessing.interpolation, []
+    interpolation, groups = student.preprocessing.interpolation, []
     for number in range(min(count, len(dataset))):
         sample = dataset.sample(number)
         pixels = dataset.pixels(sample)
         if pixels is None:  # it does not decode
             continue
-        image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, how)
+        image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, interpolation)
         view = student_view(student, pixels)
         caption, texts = _texts_of(data, sample.image_id)
         tiles = [

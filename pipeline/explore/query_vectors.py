@@ -142,9 +142,11 @@ class Queries:
 
     def view(self, image: np.ndarray, size: int) -> np.ndarray:
         """(h, w, 3) uint8 -> (size, size, 3): what teacher and student see of an image."""
-        how = teacher_summary(self.data).preprocessing
-        view = canonical_view(image.shape[1], image.shape[0], how.resize_mode, how.image_size)
-        return np.array(view_pixels(image, view.box, view.flip, size, how.interpolation))
+        preprocessing = teacher_summary(self.data).preprocessing
+        view = canonical_view(
+            image.shape[1], image.shape[0], preprocessing.resize_mode, preprocessing.image_size
+        )
+        return np.array(view_pixels(image, view.box, view.flip, size, preprocessing.interpolation))
 
     def _near(self, text: str) -> list[str]:
         """A few stored texts: those with the same words, then those that are written alike."""

@@ -56,20 +56,24 @@ def segment_image(
     return Segmented(file.name, image, labels, [query.title for query in asked], notes)
 
 
-def segment_figure(seen: Segmented, out: Path) -> None:
+def segment_figure(segmented: Segmented, out: Path) -> None:
     """Write one PNG: the image, and the classes painted over it, with a legend."""
-    shares = [float((seen.labels == i + 1).mean()) for i in range(len(seen.names))]
+    shares = [float((segmented.labels == i + 1).mean()) for i in range(len(segmented.names))]
     with plots.style():
         figure = plots.Figure(
-            figsize=(8.4, 4.6 + 0.3 * len(seen.notes) + 0.12 * len(seen.names)),
+            figsize=(8.4, 4.6 + 0.3 * len(segmented.notes) + 0.12 * len(segmented.names)),
             layout="constrained",
         )
-        figure.suptitle(plots.wrapped(seen.title, 100, 1), fontsize=9)
-        plots.footnotes(figure, seen.notes)
+        figure.suptitle(plots.wrapped(segmented.title, 100, 1), fontsize=9)
+        plots.footnotes(figure, segmented.notes)
         left, right = figure.subplots(1, 2)
-        side = f"{len(seen.image)} px, as the student sees it"
-        plots.picture(left, seen.image, side)
-        plots.picture(right, plots.painted(seen.image, seen.labels), "the class that answers best")
-        names = [f"{name}: {share:.0%}" for name, share in zip(seen.names, shares, strict=True)]
+        side = f"{len(segmented.image)} px, as the student sees it"
+        plots.picture(left, segmented.image, side)
+        plots.picture(
+            right, plots.painted(segmented.image, segmented.labels), "the class that answers best"
+        )
+        names = [
+            f"{name}: {share:.0%}" for name, share in zip(segmented.names, shares, strict=True)
+        ]
         plots.legend(figure, names)
         write_file(out, lambda partial: partial.write_bytes(plots.png(figure)))

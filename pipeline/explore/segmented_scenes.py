@@ -50,14 +50,16 @@ def painted_scenes(
     """
     if "mIoU" not in metrics:
         return []
-    how, queries = config.segmentation, Queries(data, Path(config.segmentation.card))
-    labels = read_classes(Path(how.classes), how.background)
-    masks = masks_of(data, config.split, how, len(labels))[0][config.split]
+    settings, queries = config.segmentation, Queries(data, Path(config.segmentation.card))
+    labels = read_classes(Path(settings.classes), settings.background)
+    masks = masks_of(data, config.split, settings, len(labels))[0][config.split]
     masks = dict(list(masks.items())[:count])
     asked = Asked.of(data, labels, lambda text: queries.text(text).teacher)
     source = Source(data, student.preprocessing.interpolation, config.batch, 1)
-    grid = how.image_size // student.config.patch_size
-    sides = {"student": (by_student(source, config.split, masks, asked, how, student), "threshold")}
+    grid = settings.image_size // student.config.patch_size
+    sides = {
+        "student": (by_student(source, config.split, masks, asked, settings, student), "threshold")
+    }
     teacher = dense_teacher(queries, grid)
     if isinstance(teacher, DenseTeacher) and "image_size_teacher" in metrics:
         size = metrics["image_size_teacher"]

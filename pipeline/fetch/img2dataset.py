@@ -181,7 +181,7 @@ class _Watch:
 
     def __iter__(self) -> Generator[str, None, None]:
         attempt, waiting = self.attempt, set(self.attempt.numbers)
-        seen, since, reported = None, time.monotonic(), 0.0
+        last_sign, since, reported = None, time.monotonic(), 0.0
         while waiting:
             ended = self.child.poll()  # before looking: what it finished last is then seen below
             for name in (done := [name for name in sorted(waiting) if attempt.is_done(name)]):
@@ -194,8 +194,8 @@ class _Watch:
             if waiting and attempt.found_no_space():
                 self.ending, self.failed = "found the disk full", True
                 return
-            if done or attempt.last_sign() != seen:
-                seen, since = attempt.last_sign(), time.monotonic()
+            if done or attempt.last_sign() != last_sign:
+                last_sign, since = attempt.last_sign(), time.monotonic()
             elif ended is not None:
                 self.ending = f"ended (exit code {ended})"
                 self.failed = ended >= 0  # by itself: a broken installation

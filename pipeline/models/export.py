@@ -84,11 +84,11 @@ def export_onnx(student: Student, file: Path | str) -> float:
     def write(partial: Path) -> None:
         nonlocal deviation
         deviation = _export(student, partial, "pixels", list(Outputs._fields), unit=False)
-        how = student.preprocessing
-        facts = {"mean": json.dumps(how.mean), "std": json.dumps(how.std)}
+        preprocessing = student.preprocessing
+        facts = {"mean": json.dumps(preprocessing.mean), "std": json.dumps(preprocessing.std)}
         size = str(student.config.image_size)
-        facts |= {"image_size": size, "interpolation": how.interpolation}
-        add_metadata(partial, facts | {"resize_mode": how.resize_mode})
+        facts |= {"image_size": size, "interpolation": preprocessing.interpolation}
+        add_metadata(partial, facts | {"resize_mode": preprocessing.resize_mode})
 
     write_file(Path(file), write)
     return deviation

@@ -13,8 +13,8 @@ from pipeline.data.views import canonical_view, view_pixels
 ImageLike = Image.Image | np.ndarray | str | Path
 
 
-def square_pixels(image: ImageLike, how: Preprocessing) -> np.ndarray:
-    """One image -> (S, S, 3) uint8 RGB in [0, 255], S = how.image_size.
+def square_pixels(image: ImageLike, preprocessing: Preprocessing) -> np.ndarray:
+    """One image -> (S, S, 3) uint8 RGB in [0, 255], S = preprocessing.image_size.
 
     image: a file, a Pillow image of any mode, or (height, width, 3) uint8 RGB. Files and Pillow
     images are turned upright; transparency is laid over white. What is kept of the image is what
@@ -32,8 +32,10 @@ def square_pixels(image: ImageLike, how: Preprocessing) -> np.ndarray:
             "(height, width, 3)"
         )
     height, width, _ = image.shape
-    view = canonical_view(width, height, how.resize_mode, how.image_size)
-    return view_pixels(image, view.box, view.flip, how.image_size, how.interpolation)
+    view = canonical_view(width, height, preprocessing.resize_mode, preprocessing.image_size)
+    return view_pixels(
+        image, view.box, view.flip, preprocessing.image_size, preprocessing.interpolation
+    )
 
 
 def _read(file: Path) -> np.ndarray:

@@ -101,8 +101,8 @@ class Student(nn.Module):
         nn.init.normal_(self.conv1.weight, std=(3 * side**2) ** -0.5)
 
         if config.neighbourhood_mask:
-            seen = neighbourhood_mask(config.grid, tokens)
-            bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+            allowed = neighbourhood_mask(config.grid, tokens)
+            bias = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         else:
             bias = None
         self.register_buffer("attention_bias", bias, persistent=False)  # (T + N, T + N)
@@ -203,9 +203,9 @@ class Student(nn.Module):
         tokens = last(x, self.attention_bias).float()
         if count := self.class_tokens:
             assert isinstance(last, Block)
-            seen = last.attn.probabilities(last.ln_1(x), self.attention_bias)
-            seen = seen[:, :, :count, count:].float().mean(dim=(1, 2))  # (B, N)
-            return tokens, seen / seen.sum(dim=1, keepdim=True)
+            attention = last.attn.probabilities(last.ln_1(x), self.attention_bias)
+            attention = attention[:, :, :count, count:].float().mean(dim=(1, 2))  # (B, N)
+            return tokens, attention / attention.sum(dim=1, keepdim=True)
         logits = self._heads(tokens)[..., -1].mean(dim=2) / self.temperature  # (B, N)
         if self.config.pool == "mean":
             logits = torch.zeros_like(logits)

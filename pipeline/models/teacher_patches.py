@@ -36,8 +36,8 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
     how far). Raises PipelineError for a tower that is no plain ViT.
     """
     tower, last = teacher.model.visual, _last_block(teacher)
-    seen: list = []
-    hook = last.attn.register_forward_pre_hook(lambda _, tokens: seen.append(tokens))
+    inputs: list = []
+    hook = last.attn.register_forward_pre_hook(lambda _, tokens: inputs.append(tokens))
     try:
         features = tower.forward_intermediates(
             teacher.normalised(pixels[None].copy()),
@@ -47,7 +47,7 @@ def teacher_view(teacher: Teacher, pixels: np.ndarray) -> PatchView:
         )
     finally:
         hook.remove()
-    _, attention = last.attn(*seen[-1], need_weights=True)  # (1, 1 + N, 1 + N)
+    _, attention = last.attn(*inputs[-1], need_weights=True)  # (1, 1 + N, 1 + N)
     weights = attention[0, 0, 1:].float()  # (N,)
     tokens = features["image_intermediates"][-1][0]  # (N, W)
     patches = tokens if tower.proj is None else tokens @ tower.proj  # (N, E)
@@ -64,11 +64,13 @@ def row_viewer(teacher: Teacher) -> Callable[[Sample], PatchView]:
     Raises PipelineError at once for a tower that is no plain ViT.
     """
     _last_block(teacher)
-    size, how = teacher.image_size, teacher.preprocessing.interpolation
+    size, interpolation = teacher.image_size, teacher.preprocessing.interpolation
 
     def view(sample: Sample) -> PatchView:
         image = decode(sample.jpg)
-        return teacher_view(teacher, view_pixels(image, sample.box, sample.flip, size, how))
+        return teacher_view(
+            teacher, view_pixels(image, sample.box, sample.flip, size, interpolation)
+        )
 
     return view
 

@@ -40,8 +40,8 @@ def view_tables(
     with open_shard(shard, "download") as file:
         groups = [_good_rows(file, g, config, teacher) for g in range(file.num_row_groups)]
         jobs = _jobs(file, groups, known)
-        seen = chain.from_iterable(ahead(_preparer(teacher), jobs, workers, config.batch))
-        for batch in _batched(seen, config.batch):
+        prepared = chain.from_iterable(ahead(_preparer(teacher), jobs, workers, config.batch))
+        for batch in _batched(prepared, config.batch):
             pixels = np.zeros((config.batch, *batch[0][1].shape), np.uint8)  # the rest stays 0
             for i, (_, view) in enumerate(batch):
                 pixels[i] = view
@@ -133,9 +133,9 @@ def _preparer(teacher: Teacher) -> Callable:
                 f"the stored JPEG {keys[0][0]} cannot be decoded ({error}): data/images is damaged. "
                 "Delete it and run `pipeline download` again."
             ) from None
-        size, how = teacher.image_size, teacher.preprocessing.interpolation
+        size, interpolation = teacher.image_size, teacher.preprocessing.interpolation
         return [
-            (key, view_pixels(image, view.box, view.flip, size, how))
+            (key, view_pixels(image, view.box, view.flip, size, interpolation))
             for key, view in zip(keys, views, strict=True)
         ]
 

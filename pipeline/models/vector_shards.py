@@ -153,8 +153,8 @@ class VectorShards:
             for row in table.to_pylist():
                 if row["status"] == "ok" and len(found) < PROBE:
                     size = row["width"], row["height"]
-                    how = teacher.preprocessing.resize_mode
-                    box = views.canonical_view(*size, how, teacher.image_size).box
+                    resize_mode = teacher.preprocessing.resize_mode
+                    box = views.canonical_view(*size, resize_mode, teacher.image_size).box
                     image = pixels.decode(row["jpg"])
                     found.append(views.view_pixels(image, box, False, teacher.image_size))
             if len(found) == PROBE:

@@ -238,10 +238,10 @@ def _repeated(
     data: Path, stamps: Stamps, connection: duckdb.DuckDBPyConnection
 ) -> Iterator[Finding]:
     """One vector for two images means that one was not embedded, unless they look the same."""
-    how = summary_of(stamps["teacher"]).preprocessing
+    preprocessing = summary_of(stamps["teacher"]).preprocessing
     wrong = []
     for (rows,) in connection.execute(REPEATED, {"groups": GROUPS}).fetchall():
-        first, *others = (_seen(connection, row, how) for row in rows)
+        first, *others = (_seen(connection, row, preprocessing) for row in rows)
         if any(np.abs(first - other).mean() > SAME_PIXELS for other in others):
             wrong.append(f"{rows[0]['image_id']} and {rows[-1]['image_id']}")
     if wrong:
@@ -250,11 +250,15 @@ def _repeated(
         yield Finding(promise, "teacher", found, remade(data, "teacher"))
 
 
-def _seen(connection: duckdb.DuckDBPyConnection, row: dict, how: Preprocessing) -> np.ndarray:
+def _seen(
+    connection: duckdb.DuckDBPyConnection, row: dict, preprocessing: Preprocessing
+) -> np.ndarray:
     """(S, S, 3) float32 in [0, 255]: what the teacher saw."""
     sql = "SELECT jpg FROM images WHERE image_id = ? AND status = 'ok'"
     ((jpg,), *_) = connection.execute(sql, [row["image_id"]]).fetchall()
     image = decode(jpg)
     box = row["left"], row["top"], row["right"], row["bottom"]
-    seen = view_pixels(image, box, row["flip"], how.image_size, how.interpolation)
-    return seen.astype(np.float32)
+    pixels = view_pixels(
+        image, box, row["flip"], preprocessing.image_size, preprocessing.interpolation
+    )
+    return pixels.astype(np.float32)

@@ -158,10 +158,10 @@ def _recomputed(
     """Stored vectors against the teacher's own, with the batch size and dtype of the run."""
 
     def embed_images(rows: list[tuple]) -> np.ndarray:
-        size, how = teacher.image_size, teacher.preprocessing.interpolation
+        size, interpolation = teacher.image_size, teacher.preprocessing.interpolation
         pixels = np.zeros((batch, size, size, 3), np.uint8)
         for i, (jpg, *box, flip) in enumerate(row[2:] for row in rows):
-            pixels[i] = view_pixels(decode(jpg), tuple(box), flip, size, how)
+            pixels[i] = view_pixels(decode(jpg), tuple(box), flip, size, interpolation)
         return teacher.embed_images(pixels)
 
     def embed_texts(rows: list[tuple]) -> np.ndarray:
