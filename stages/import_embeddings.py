@@ -174,18 +174,32 @@ def _parts(source: Path) -> tuple[list[Part], list[Part]]:
         number = _number(path)
         if number not in tables:
             raise PipelineError(f"{path} has no metadata/*_{number}.parquet that names its rows.")
-        table = _metadata(tables[number])
-        columns = {n: table[n].to_pylist() for n in (*NAMES, "caption") if n in table.column_names}
-        images.append(_whole(path, columns, np.load(path, mmap_mode="r")))
+        vectors = _npy(path)
+        columns = _metadata(tables[number], vectors.nbytes)
+        images.append(_whole(path, columns, vectors))
         if number in beside and "caption" in columns:
-            texts.append(_whole(beside[number], columns, np.load(beside[number], mmap_mode="r")))
+            texts.append(_whole(beside[number], columns, _npy(beside[number])))
     return images, texts
 
 
-def _metadata(path: Path) -> pa.Table:
-    """The names beside somebody else's vectors."""
+def _npy(path: Path) -> np.ndarray:
+    """Vectors of an .npy file, mapped."""
     try:
-        return pq.read_table(path)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(f"{path} cannot be read as npy: {reason}") from None
+
+
+def _metadata(path: Path, vector_bytes: int) -> dict[str, list]:
+    """The names beside somebody else's vectors, which are not longer than these."""
+    try:
+        known = set(pq.read_schema(path).names)
+        names = [name for name in (*NAMES, "caption") if name in known]
+        table = pq.read_table(path, columns=names, read_dictionary=names)  # what repeats, once
+        for name in names:
+            _refuse_long(path, name, sum(map(_text_bytes, table[name].chunks)), vector_bytes)
+        return {name: table[name].to_pylist() for name in names}
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PipelineError(
@@ -222,11 +236,23 @@ def _refuse_swollen(path: Path, members: dict[str, ZipInfo]) -> None:
             f"{vectors.compress_size}: no embeddings are. Write it anew with numpy.savez."
         )
     for name, member in members.items():
-        if member.file_size > 16 * vectors.file_size + SLACK:
-            raise PipelineError(
-                f"{path}: {name} is said to have {member.file_size} bytes beside an embedding of "
-                f"{vectors.file_size}: expected a short text a row."
-            )
+        _refuse_long(path, name, member.file_size, vectors.file_size)
+
+
+def _refuse_long(path: Path, name: str, size: int, vector_bytes: int) -> None:
+    if size > 16 * vector_bytes + SLACK:
+        raise PipelineError(
+            f"{path}: {name} is said to have {size} bytes beside an embedding of {vector_bytes}: "
+            "expected a short text a row."
+        )
+
+
+def _text_bytes(column: pa.Array) -> int:
+    """About how many bytes a column has, written out."""
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    sizes = np.array([len(value) for value in column.dictionary.to_pylist()], np.int64)
+    return int(sizes[column.indices.drop_null().to_numpy()].sum())
 
 
 def _whole(path: Path, columns: dict[str, list], vectors: np.ndarray) -> Part:

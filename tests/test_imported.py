@@ -1,5 +1,6 @@
 """Embeddings that others computed find their images, or say why not."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_a_damaged_metadata_file_of_somebody_else_is_not_ours_to_delete(data, tm
     with pytest.raises(PipelineError, match=r"metadata_1\.parquet.*Get it again") as refusal:
         import_embeddings(data, source, teacher=TEACHER)
     assert "Delete" not in str(refusal.value)
+
+
+def test_swollen_metadata_and_vectors_that_are_none_are_refused_and_name_the_file(data, tmp_path):
+    """A kilobyte of Parquet with one caption for every row: 60 MB here, as much as one likes."""
+    source = clip_retrieval(tmp_path / "theirs", vectors(IMAGES), vectors(IMAGES, seed=2))
+    file = source / "metadata/metadata_0.parquet"
+    sound = pq.read_table(file)
+    repeated = pa.DictionaryArray.from_arrays(np.zeros(len(sound), np.int32), ["x" * 10_000_000])
+    swollen = sound.drop_columns("caption").append_column("caption", repeated)
+    pq.write_table(swollen, file, store_schema=False, compression="zstd")
+    assert file.stat().st_size < 10_000
+    with pytest.raises(PipelineError, match=r"metadata_0\.parquet: caption is said to have"):
+        import_embeddings(data, source, teacher=TEACHER)
+    pq.write_table(sound, file)
+    for bad in (b"", b"\x93NUMPY", pickle.dumps([1.0])):
+        (source / "img_emb/img_emb_1.npy").write_bytes(bad)
+        with pytest.raises(PipelineError, match=r"img_emb_1\.npy cannot be read as npy"):
+            import_embeddings(data, source, teacher=TEACHER)
 
 
 def test_clip_retrieval_folder_gives_images_and_captions(data, tmp_path):
