@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli_checks import named_card, refuse_outdated, warn_outdated
 from pipeline.cli_import import imports
 from pipeline.cli_store import stores
 from pipeline.core.choices import (
@@ -156,6 +157,7 @@ def teacher_embed(
     from stages.teacher_embed import teacher_embed as run
 
     config, share = load_section(params, "teacher_embed"), _share(part)
+    refuse_outdated(params, data, "teacher_embed")
     summary = run(
         config, data, device=device, workers=workers, accept_other_vectors=accept, share=share
     )
@@ -173,8 +175,9 @@ def select(params: Params = PARAMS, data: Data = DATA) -> None:
     from pipeline.core.config import load_section
     from stages.select import select as run
 
-    evaluated = load_section(params, "evaluate").split
-    counts = run(load_section(params, "select"), data, evaluated=evaluated)
+    config, evaluated = load_section(params, "select"), load_section(params, "evaluate").split
+    refuse_outdated(params, data, "select")
+    counts = run(config, data, evaluated=evaluated)
     _report("select", counts, data / "selection")
 
 
@@ -199,6 +202,7 @@ def distill(
     from stages.distill import distill as run
 
     config = load_section(params, "distill")
+    refuse_outdated(params, data, "distill")
     metrics = run(config, data, device=device, workers=workers, resume=resume)
     shown = {k: round(metrics[k], 4) for k in ("steps", "loss", "val_cosine", "val_floor")}
     _report("distill", shown, data / "student")
@@ -213,7 +217,9 @@ def evaluate(
     from pipeline.explore.metrics_table import metrics_text
     from stages.evaluate import evaluate as run
 
-    measured = run(load_section(params, "evaluate"), data, device=device, workers=workers)
+    config = load_section(params, "evaluate")
+    refuse_outdated(params, data, "evaluate")
+    measured = run(config, data, device=device, workers=workers)
     say(metrics_text(measured.to_json()))
     say(f"evaluate: written to {data / 'evaluation'}")
 
@@ -223,6 +229,7 @@ def query(
     sql: Annotated[str, typer.Argument(help="Exactly one SELECT.")],
     format: Annotated[AnswerFormat, typer.Option(help="Of the answer.")] = "table",
     timeout: Annotated[float, typer.Option(min=0, help="Seconds the query may take.")] = 600,
+    params: Params = PARAMS,
     data: Data = DATA,
 ) -> None:
     """Ask DuckDB about the shards: tables images, teacher, texts, selection, runs.
@@ -231,6 +238,7 @@ def query(
     """
     from pipeline.explore.query import print_answer
 
+    warn_outdated(params, data)
     print_answer(data, sql, format, timeout)
 
 
@@ -252,7 +260,8 @@ def search(
     if (text is None) == (image is None):
         raise PipelineError("search with a text or with --image FILE: one of the two.")
     text = text or ""
-    collection, queries = Collection(data), Queries(data, _card(card, params))
+    warn_outdated(params, data, card)
+    collection, queries = Collection(data), Queries(data, named_card(card, params))
     hits = collection.search(queries.text(text) if image is None else queries.image(image), k)
     output().write(hits_text(hits, format) + "\n")
     search_figure(hits, out)
@@ -283,11 +292,12 @@ def look(
     """Draw which patches of an image count, and where each text is in it."""
     from pipeline.explore.query_vectors import Queries
 
-    queries = Queries(data, _card(card, params))
+    warn_outdated(params, data, card)
+    queries = Queries(data, named_card(card, params))
     if segment:
         from pipeline.explore.segment import segment_figure, segment_image
 
-        view = segment_image(queries, Path(image), prompts or [], size, threshold)
+        view = segment_image(queries, image, prompts or [], size, threshold)
         segment_figure(view, out)
     else:
         from pipeline.explore.look import look as run
@@ -311,7 +321,8 @@ def report(
     from pipeline.explore.query_vectors import Queries
     from pipeline.explore.report import report as run
 
-    queries, notes, by_teacher = Queries(data, _card(card, params)), [], None
+    warn_outdated(params, data, card)
+    queries, notes, by_teacher = Queries(data, named_card(card, params)), [], None
     if queries.teacher is None:
         notes.append(f"The teacher's attention: {queries.no_teacher}")
     else:
@@ -344,12 +355,13 @@ def verify(
     from pipeline.verify.verify import findings_text
     from pipeline.verify.verify import verify as run
 
-    named = _card(card, params) if recompute else None
-    forgotten = None
-    if params.exists():
-        forgotten = read_forgotten(Path(load_section(params, "download").forget))
+    named = named_card(card, params) if recompute else None
+    forgotten, asked = None, params if params.exists() else None
+    if asked:
+        forgotten = read_forgotten(Path(load_section(asked, "download").forget))
     findings = run(
-        data, recompute=recompute, card=named, device=device, workers=workers, forgotten=forgotten
+        data, recompute=recompute, card=named, device=device, workers=workers, params=asked,
+        forgotten=forgotten,
     )
     say(findings_text(findings, format))
     if forgotten and (forgotten.lines or forgotten.sha256):
@@ -371,7 +383,8 @@ def serve(
     """Search in the browser: results by student and teacher, and a map for each image."""
     from pipeline.explore.serve import serve as run
 
-    run(data, _card(card, params), host, port, public=public, announce=say)
+    warn_outdated(params, data, card)
+    run(data, named_card(card, params), host, port, public=public, announce=say)
 
 
 @app.command(rich_help_panel=FILES)
@@ -394,11 +407,12 @@ def export(
 
     if fp16 and (int8 or format == "onnx"):
         raise PipelineError("--int8 or --fp16: one of the two; --fp16 for --format folder alone.")
+    warn_outdated(params, data, card)
     if format == "onnx":
         say(export_student(data / "student", out, int8=int8))
     else:
         weights = "int8" if int8 else "float16" if fp16 else "float32"
-        say(export_folder(data, out, _card(card, params), weights))
+        say(export_folder(data, out, named_card(card, params), weights))
 
 
 _PART_DONE = "{0}: part {1}/{2} is done. After all parts, run `pipeline {0}`."
@@ -409,15 +423,6 @@ def _share(part: str | None) -> "Share | None":
     from pipeline.cluster.parts import parse_share
 
     return None if part is None else parse_share(part)
-
-
-def _card(card: Path | None, params: Path) -> Path | None:
-    """The card that was named, else the parameters'."""
-    from pipeline.core.config import load_section
-
-    if card is None and params.is_file():
-        return Path(load_section(params, "teacher_embed").card)
-    return card
 
 
 def _of_teacher(name: str) -> tuple[dict[str, Any], str]:

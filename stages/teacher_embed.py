@@ -8,7 +8,6 @@ Cost:  the teacher's forward pass, once per image and view; a killed run loses a
 import time
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from pipeline.cluster.parts import Share
@@ -23,7 +22,7 @@ from pipeline.core.records import Entry, Preprocessing, TeacherIdentity, Teacher
 from pipeline.core.store import Store
 from pipeline.data import shards
 from pipeline.data.runs import append_run
-from pipeline.data.texts import box_texts, class_prompts, labels, read_prompts, read_templates
+from pipeline.data.texts import all_prompts
 from pipeline.models.card import read_card
 from pipeline.models.teacher import Teacher, teacher_identity
 from pipeline.models.vector_shards import PROMPTS, VectorShards, plan_vectors
@@ -54,7 +53,7 @@ def teacher_embed(
     with lock(data, STAGE) if share is None else nullcontext():
         images, target = require_inputs(data, STAGE)["images"], own_device(device)
         identity = teacher_identity(read_card(Path(config.card)), Path(config.card))
-        prompts = _prompts(config, data / "images")
+        prompts = all_prompts(Path(config.prompts), Path(config.templates), data / "images")
         plan, origins = plan_vectors(config, identity, images, prompts)
         if share is None and is_published(out, STAGE, plan.recipe):
             return teacher_summary(data)
@@ -87,13 +86,6 @@ def teacher_embed(
             maker.spent,
         )
     return summary
-
-
-def _prompts(config: TeacherEmbedConfig, images: Path) -> list[str]:
-    """All texts that belong to no single image, sorted: prompts, texts of boxes, class prompts."""
-    templates = read_templates(Path(config.templates))
-    classes = chain.from_iterable(class_prompts(templates, label) for label in labels(images))
-    return sorted({*read_prompts(Path(config.prompts)), *box_texts(images), *classes})
 
 
 def _refuse_other_teacher(data: Path, identity: TeacherIdentity, dtype: str) -> None:

@@ -175,7 +175,12 @@ def test_an_answer_goes_to_standard_output_and_nothing_else_does(small_world, tm
 
 def test_select_tells_what_it_did(small_world, tmp_path):
     shutil.copytree(small_world.data, tmp_path / "data")
-    worlds.write_params(tmp_path / "params.yaml", select=worlds.select_config())
+    worlds.write_params(
+        tmp_path / "params.yaml",
+        download=worlds.download_config(small_world.manifest, small_world.root),
+        teacher_embed=worlds.teacher_config(small_world.card, small_world.prompts),
+        select=worlds.select_config(),
+    )
     first = pipeline("select", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("select: ") and "5 left out: duplicate" in first.stdout

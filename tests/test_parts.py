@@ -170,7 +170,8 @@ def test_parts_of_another_plan_are_not_mixed_in(bench, tmp_path, small_world):
     data = bench.before("teacher-embed", tmp_path / "data")
     right, wrong = bench.params, tmp_path / "wrong.yaml"
     config = worlds.teacher_config(small_world.card, small_world.prompts, seed=7)
-    bench.params = worlds.write_params(wrong, teacher_embed=config)
+    download = worlds.download_config(small_world.manifest, small_world.root, rows_per_shard=13)
+    bench.params = worlds.write_params(wrong, download=download, teacher_embed=config)
     try:
         bench.run("teacher-embed", data, "--part", "0/2")
     finally:

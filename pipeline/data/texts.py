@@ -2,6 +2,7 @@
 
 import hashlib
 from glob import escape
+from itertools import chain
 from pathlib import Path
 
 import duckdb
@@ -41,6 +42,17 @@ def read_templates(file: Path) -> list[str]:
 def class_prompts(templates: list[str], label: str) -> list[str]:
     """The templates with a label in them."""
     return [template.replace(CLASS, label) for template in templates]
+
+
+def all_prompts(prompts: Path, templates: Path, images: Path) -> list[str]:
+    """All texts that belong to no single image, sorted: prompts, texts of boxes, class prompts.
+
+    prompts, templates: files that people wrote; images: folder of image shards. Raises
+    PipelineError as `read_prompts` and `read_templates` do.
+    """
+    lines = read_templates(templates)
+    classes = chain.from_iterable(class_prompts(lines, label) for label in labels(images))
+    return sorted({*read_prompts(prompts), *box_texts(images), *classes})
 
 
 def _lines(file: Path, kind: str, key: str) -> list[str]:

@@ -26,6 +26,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import digest
 from pipeline.core.records import NamedTeacher, Record
 from pipeline.models.teacher_config import CONFIG, read_teacher_config
 
@@ -95,6 +96,13 @@ def weights_file(card: TeacherCard, path: Path) -> Path | None:
     if card.pretrained and card.pretrained.endswith(CHECKPOINTS):
         raise PipelineError(f"{path}: no checkpoint {path.parent / card.pretrained}.")
     return None
+
+
+def config_digest(card: TeacherCard, path: Path) -> str | None:
+    """Of the open_clip_config.json beside a folder's weights; None for a card without a folder."""
+    weights = weights_file(card, path)
+    config = weights.with_name(CONFIG) if weights and card.model.startswith(LOCAL) else None
+    return digest(config.read_text()) if config and config.is_file() else None
 
 
 def check_weights(card: TeacherCard, path: Path) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.provenance import digest, libraries
+from pipeline.core.provenance import libraries
 from pipeline.core.records import TeacherIdentity
 from pipeline.models.card import (
     LOCAL,
     TeacherCard,
     check_digest,
     check_weights,
+    config_digest,
     read_card,
     weights_file,
 )
@@ -25,7 +26,6 @@ from pipeline.models.fetched_weights import fetched_weights
 from pipeline.models.golden import TEXTS, recognise
 from pipeline.models.open_clip import QuickGELU, open_clip
 from pipeline.models.stated_preprocessing import preprocessing_of
-from pipeline.models.teacher_config import CONFIG
 
 VERSION = 1  # raise it when a change here changes every embedding
 TEXTS_VERSION = 2  # of texts alone; 2: a text's length ends at its end token, whatever its ids
@@ -175,10 +175,8 @@ class Teacher:
 
 def teacher_identity(card: TeacherCard, card_path: Path) -> TeacherIdentity:
     """What determines this teacher's vectors, apart from dtype and batch size."""
-    weights = weights_file(card, card_path)
-    config = weights.with_name(CONFIG) if weights and card.model.startswith(LOCAL) else None
-    config_digest = digest(config.read_text()) if config and config.is_file() else None
-    return TeacherIdentity(card=card.named(), config=config_digest, version=VERSION)
+    config = config_digest(card, card_path)
+    return TeacherIdentity(card=card.named(), config=config, version=VERSION)
 
 
 def teacher_libraries() -> dict[str, str]:

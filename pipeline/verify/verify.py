@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pipeline.core.choices import FindingsFormat
 from pipeline.core.errors import PipelineError
+from pipeline.core.layout import command
 from pipeline.core.provenance import evaluation_of, summary_of
 from pipeline.core.records import Stamp
 from pipeline.data.pixels import decode
@@ -24,6 +25,7 @@ from pipeline.models.student import Student, read_card
 from pipeline.verify import files
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
 from pipeline.verify.forgotten import forgotten_findings
+from pipeline.verify.freshness import changed_parameters
 from pipeline.verify.tables import connection_over, set_findings
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ def verify(
     card: Path | None = None,
     device: str = "cpu",
     workers: int = 2,
+    params: Path | None = None,
     forgotten: Forgotten | None = None,
 ) -> list[Finding]:
     """Everything in data/ that is not as promised; nothing where all is well.
 
     recompute: share of images and texts, in (0, 1], that the teacher of `card` embeds again (at
-    least one of each); the same share means the same rows. workers: threads that decode. forgotten:
-    what must not be held anywhere below data/.
+    least one of each); the same share means the same rows. workers: threads that decode. params: the
+    parameter file by which data/ is to be made. forgotten: what must not be held below data/.
     Folders whose stage has not run are passed over; of a damaged folder only the damage is reported.
 
     Raises PipelineError: nothing there at all, and recomputing without the teacher that was used.
@@ -62,6 +65,7 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
         findings += files.file_findings(data, stamps, bar.update)
         findings += files.chain_findings(data, stamps) + files.leftover_findings(data)
+        findings += [*_outdated(params, data)] if params else []
         findings += forgotten_findings(data, forgotten or Forgotten())
         findings += files.summary_findings(data, _sound(stamps, findings))
         sound = _sound(stamps, findings)
@@ -100,6 +104,14 @@ def _sound(stamps: Stamps, findings: list[Finding]) -> Stamps:
     """Folders with no finding inside a file: of the others SQL would only repeat the damage."""
     inside = {f.place.split("/")[0] for f in findings if "/" in f.place}
     return {folder: stamp for folder, stamp in stamps.items() if folder not in inside}
+
+
+def _outdated(params: Path, data: Path) -> Iterator[Finding]:
+    """Folders that were made with other parameters than the file holds now."""
+    for found in changed_parameters(params, data):
+        promise = f"data/ is what {params} asks for"
+        run = f"pipeline {command(found.stage)}"
+        yield Finding(promise, found.folder, "; ".join(found.changes), run)
 
 
 def _student(data: Path, stamps: Stamps) -> Iterator[Finding]:

@@ -1,0 +1,35 @@
+"""What decides the lists of a manifest: remembered when data/images is finished, so that an edited
+manifest is noticed without reading its rows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.config import DownloadConfig
+from pipeline.core.provenance import digest, file_digest
+from pipeline.fetch.forget import read_forgotten
+from pipeline.fetch.manifest_files import manifest_files
+
+LARGEST = (
+    1 << 26
+)  # bytes of a manifest's file up to which it is hashed; of a larger one the size counts
+
+
+def listing(config: DownloadConfig) -> dict[str, Any]:
+    """Digests of the manifest's files and of what must be forgotten, and how rows become lists.
+
+    Neither names nor folders: the same in every clone. Raises PipelineError where a file is missing.
+    """
+    files = manifest_files(Path(config.manifest))
+    forgotten = read_forgotten(Path(config.forget))
+    return {
+        "manifest": digest([_content(file) for file in files]),
+        "forget": digest(sorted(forgotten.lines) + sorted(forgotten.sha256)),
+        "columns": dict(config.columns),
+        "rows_per_shard": config.rows_per_shard,
+    }
+
+
+def _content(file: Path) -> str | int:
+    size = file.stat().st_size
+    return file_digest(file) if size <= LARGEST else size
