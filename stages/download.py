@@ -17,12 +17,14 @@ from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.outs import is_published, refuse_unexpected
 from pipeline.core.plans import carry_out, publish, scratch_folder, store_of
-from pipeline.core.provenance import lock
+from pipeline.core.provenance import lock, stamp_of
 from pipeline.core.terminal import say
 from pipeline.data import shards
 from pipeline.fetch.forget import read_forgotten
 from pipeline.fetch.image_shards import ImageShards, plan_images
+from pipeline.fetch.listing import listing
 from pipeline.fetch.manifest import write_lists
+from pipeline.fetch.manifest_urls import check_urls
 
 STAGE = "download"
 
@@ -50,8 +52,9 @@ def download(
             max_bytes=config.max_bytes,
             say=partial(say, err=True),
         )
-        plan = plan_images(config, lists, forgotten)
-        if share is None and is_published(out, STAGE, plan.recipe):
+        check_urls(lists, config, partial(say, err=True))
+        plan, listed = plan_images(config, lists, forgotten), listing(config)
+        if share is None and is_published(out, STAGE, plan.recipe) and listed == _listed(data):
             return _require_images(_statuses(out.glob("*.parquet")))
         refuse_unexpected(out, STAGE)
         maker = ImageShards(config, plan, store, own / "lists", own, processes, threads, forgotten)
@@ -59,8 +62,13 @@ def download(
         statuses = _statuses(map(store.path, entries.values()))
         if share is not None:
             return statuses
-        publish(plan, store, data, entries, {"rows": statuses})
+        publish(plan, store, data, entries, {"rows": statuses, "listing": listed})
     return _require_images(statuses)
+
+
+def _listed(data: Path) -> dict | None:
+    """By what data/images was listed."""
+    return stamp_of(data, "images").summary.get("listing")
 
 
 def _statuses(paths: Iterable[Path]) -> dict[str, int]:

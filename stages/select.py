@@ -48,6 +48,7 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
             work.begin()
             with own_inputs(data, STAGE) as inputs:
                 table = _selected(config, inputs)
+            _require_splits(_counts(table), evaluated)  # an out that is of no use would be used
             made = {
                 "stage": STAGE,
                 **recipe.model_dump(),
@@ -63,8 +64,12 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
                 ),
             )
             work.publish([FILE], _counts(table))
-        counts = read_stamp(work.out, STAGE).summary
-    read = dict.fromkeys(("train", "val", evaluated))  # by later stages
+        return _require_splits(read_stamp(work.out, STAGE).summary, evaluated)
+
+
+def _require_splits(counts: dict[str, int], evaluated: str) -> dict[str, int]:
+    """Raises PipelineError where a split that a later stage reads is empty."""
+    read = dict.fromkeys(("train", "val", evaluated))
     if missing := [split for split in read if not counts.get(split)]:
         raise PipelineError(
             f"no image is left for {' and '.join(missing)}, which later stages read: {counts}. "

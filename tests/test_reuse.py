@@ -13,6 +13,7 @@ from support import server as web
 from support import worlds
 from support.checkout import ROOT, Checkout
 
+from pipeline.core.dvc_cache import locks_other_images
 from pipeline.core.errors import PipelineError
 from pipeline.core.presets import write_preset
 from pipeline.fetch.retry import begin_round
@@ -188,3 +189,16 @@ def test_a_round_that_cannot_be_written_is_said_and_nothing_is_changed(tmp_path)
     with pytest.raises(PipelineError, match="Write `round: 1` there yourself"):
         begin_round(params, tmp_path / "data")
     assert params.read_text() == before
+
+
+@pytest.mark.parametrize("manifest,other", [("demo.parquet", True), ("images.csv", False)])
+def test_a_lock_of_another_manifest_is_told_apart(tmp_path, manifest, other):
+    """In a fresh clone dvc.lock is the demo's, and nothing of it is missed."""
+    locked = {
+        "stages": {"download": {"params": {"params.yaml": {"download": {"manifest": manifest}}}}}
+    }
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(locked))
+    (tmp_path / "params.yaml").write_text("download: {manifest: images.csv}\n")
+    assert locks_other_images(tmp_path / "data") is other
+    (tmp_path / "dvc.lock").write_text("no lock")
+    assert not locks_other_images(tmp_path / "data")

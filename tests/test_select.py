@@ -220,9 +220,18 @@ def test_a_condition_reaches_no_file(data, tmp_path, where):
 
 
 def test_a_filter_that_leaves_nothing_to_train_on_is_an_error_with_counts(data):
-    for _ in range(2):  # the second run finds it published, and says so again
+    for _ in range(2):
         with pytest.raises(PipelineError, match=r"no image is left for train and val and test.*60"):
             run(data, where="false")
+    assert not (data / "selection").exists()  # distill would use it
+
+
+def test_a_failed_selection_leaves_the_earlier_one(data):
+    run(data)
+    before = (data / "selection/_stamp.json").read_bytes()
+    with pytest.raises(PipelineError, match="no image is left"):
+        run(data, where="false")
+    assert (data / "selection/_stamp.json").read_bytes() == before
 
 
 def test_the_splits_that_later_stages_read_must_have_images(data):

@@ -38,6 +38,18 @@ def _locked_digest(lock: Path, out: str) -> str | None:
     return None
 
 
+def locks_other_images(data: Path) -> bool:
+    """Whether dvc.lock was written for another manifest than params.yaml beside it names, as the
+    demo's is in a fresh clone: what it names then was never here."""
+    root = data.resolve().parent
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        was = lock["stages"]["download"]["params"]["params.yaml"]["download"]["manifest"]
+        return was != params["download"]["manifest"]
+    return False
+
+
 @functools.cache
 def _cache_folder(root: Path) -> Path | None:
     """DVC's cache of files, wherever its configuration puts it; None where DVC is not in use."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, Protocol
 
-from pipeline.core.dvc_cache import locked_out
+from pipeline.core.dvc_cache import locked_out, locks_other_images
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import STAGES, STAMP_FILE, STORE, WORK
 from pipeline.core.outs import make_stamp, place_out
@@ -108,7 +108,7 @@ def bring_in(data: Path, stage: str, store: Store) -> None:
         return
     digest, files = locked
     lost = [name for name, path in files.items() if not path.is_file()]
-    if lost or not files:
+    if (lost or not files) and not locks_other_images(data):
         what = f"{len(lost)} of its {len(files)} files" if files else "the list of its files"
         say(
             f"note: dvc.lock names data/{folder} ({digest[:8]}), but DVC's cache lacks {what}. "

@@ -17,6 +17,7 @@ from pipeline.core.config import DownloadConfig
 from pipeline.core.provenance import digest, libraries
 from pipeline.core.records import Entry, Part, Plan, Recipe
 from pipeline.core.store import Store
+from pipeline.core.terminal import say
 from pipeline.data import shards
 from pipeline.data.earlier import EarlierRows
 from pipeline.fetch import decoding, manifest, policy, segmentation_masks
@@ -138,6 +139,11 @@ class ImageShards:
             batches[_write_wanted(wanted, waiting)] = list(waiting)
         if not batches:
             return
+        say(
+            f"{STAGE}: {total} images to fetch; img2dataset starts, and the bar moves with every "
+            f"{'list' if len(batches) == 1 else f'of the {len(batches)} lists'} that is done.",
+            err=True,
+        )
         with tqdm(total=total, unit="image", desc=STAGE, smoothing=0.05) as bar:
             for batch, came in fetch_lists(
                 wanted,
