@@ -312,5 +312,6 @@ def test_an_image_of_the_collection_is_looked_at_by_its_id_or_url(finished_world
     ).fetchone()
     for named in (image_id, url):
         assert (stored_image(finished_world, named) == decode(jpg)).all()
+        assert segment_image(Queries(finished_world), named, ["a red circle"], 32, None).title
     with pytest.raises(PipelineError, match=r"nothing\.jpg: no such file, and no image"):
         look(Queries(finished_world), "nothing.jpg", [])

@@ -20,7 +20,8 @@ from pipeline.core.provenance import evaluation_of
 from pipeline.core.records import MetricGroup, Recipe
 from pipeline.data import database
 from pipeline.data.runs import append_run
-from pipeline.explore import report_charts
+from pipeline.explore import panels, report_charts
+from pipeline.explore.metrics_table import in_words
 from pipeline.explore.panels import Tile
 from pipeline.explore.query_vectors import Queries
 from pipeline.explore.report import report, write_report
@@ -97,7 +98,9 @@ def test_every_figure_stands_beside_its_floor_and_ceiling(page, write):
         for name, metric in groups[group].metrics.items():
             ends = metric.value, metric.low, metric.high, metric.floor, metric.ceiling
             row = r"\D*?".join(re.escape(f"{abs(value):.3f}") for value in ends)
-            assert re.search(rf"{group} {re.escape(name)}\D.*?{row}", page.text, re.DOTALL), name
+            assert re.search(
+                rf"{re.escape(in_words(f'{group} {name}'))}\D.*?{row}", page.text, re.DOTALL
+            ), name
 
 
 def test_every_picture_is_inside_and_whole(page):
@@ -136,6 +139,21 @@ def test_keyboard_and_screen_reader_find_their_way(page):
     assert all(after - before <= 1 for before, after in pairwise(levels))
     assert len(page.all("caption")) == len(page.all("table"))
     assert all("scope" in cell for cell in page.all("th"))
+
+
+def test_the_prompts_are_drawn_where_an_image_has_no_boxes(page):
+    drawn = [i["alt"] for i in page.all("img") if i["alt"].startswith("Cosine of each patch to")]
+    assert drawn and all("the text 'a red circle'" in alt for alt in drawn)
+
+
+def test_a_label_names_an_image_without_caption(tmp_path):
+    seeing.handmade(tmp_path, named_by="label")
+    assert panels._texts_of(tmp_path, "bread", [])[0] == "a picture of bread"
+
+
+def test_what_means_little_is_said_beside_the_metrics(page, data):
+    assert evaluation_of(data).images < 50
+    assert f"Mind: {evaluation_of(data).images} held-out images are few" in page.text
 
 
 def test_a_prompt_that_was_never_embedded_says_so(page):
@@ -218,7 +236,7 @@ def test_a_figure_that_is_left_out_says_why(write, tmp_path):
 
 def test_every_figure_says_what_it_means(page):
     named = re.findall(r"<th scope=\"row\">([\w@ ]+) <small>([^<;]*)", page.html)
-    assert {name for name, _ in named} >= {"zero_shot accuracy", "text_to_image rank_correlation"}
+    assert {name for name, _ in named} >= {"zero shot accuracy", "text to image rank correlation"}
     assert all(meaning for _, meaning in named)
 
 

@@ -56,6 +56,13 @@ def test_a_repeated_url_does_not_hide_the_image(collection):
     assert all(hit.jpg for hit in [*hits.student, *hits.teacher])
 
 
+def test_a_label_stands_where_there_is_no_caption(tmp_path):
+    labelled = Collection(tmp_path, seeing.handmade(tmp_path, named_by="label"))
+    hits = labelled.search(Query("bread", *np.eye(4, dtype=np.float32)[[1, 1]]), 2)
+    assert hits.teacher[0].caption == "a picture of bread"
+    assert "a picture of bread" in hits_text(hits, "table")
+
+
 def test_scores_fall_and_are_cosines(collection):
     vector = np.array([0.1, 0.7, 0.5, 0.5], np.float32)
     hits = collection.search(Query("mixture", vector, vector), 4)

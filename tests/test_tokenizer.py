@@ -11,6 +11,7 @@ import pytest
 from pipeline.core.errors import PipelineError
 from pipeline.models import tokenizer
 from pipeline.models.open_clip import open_clip
+from pipeline.models.text_tower import read_tokenizer
 
 pytest.importorskip("tokenizers")
 LENGTH = 77
@@ -31,7 +32,7 @@ def folder(tokenize, tmp_path_factory) -> Path:
 
 def other(tokenize, folder: Path, texts: list[str]) -> list[str]:
     """The texts whose ids differ."""
-    written = tokenizer.read_tokenizer(folder).encode_batch(texts)
+    written = read_tokenizer(folder).encode_batch(texts)
     ours = tokenize(texts).tolist()
     return [t for t, a, b in zip(texts, ours, written, strict=True) if a != b.ids]
 

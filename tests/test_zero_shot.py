@@ -68,6 +68,14 @@ def test_images_without_labels_give_no_figure(tmp_path):
     assert zero_shot_metrics(tmp_path, ids, np.eye(2, 3), np.eye(2, 3), TEMPLATES) is None
 
 
+def test_classes_that_the_teacher_embeds_alike_are_counted_and_named(tmp_path):
+    texts = {"a fruit": FRUIT, "a bread": BREAD, "a roll": BREAD}
+    ids = labelled(tmp_path, ["fruit", "bread", "roll"], texts)
+    seen = np.eye(3, dtype=np.float32)[[0, 1, 1]]
+    found = zero_shot_figures(tmp_path, ids, seen, seen, TEMPLATES)
+    assert found.facts["alike"] == 2 and found.facts["alike_classes"] == "'bread' and 'roll'"
+
+
 @pytest.mark.parametrize("templates", [[], ["one {}"]])
 def test_a_class_without_a_stored_prompt_is_named(tmp_path, templates):
     ids = labelled(tmp_path, ["fruit", "bread"], {"a fruit": FRUIT, "one fruit": FRUIT})

@@ -11,6 +11,8 @@ from pipeline.data.shards import unit_rows
 from pipeline.data.texts import class_prompts, labels
 from pipeline.evaluation import metrics
 
+ALIKE = 0.999  # cosine from which the vectors of two classes are one: near what float16 tells apart
+
 
 def zero_shot_metrics(
     data: Path, ids: list[str], student: np.ndarray, teacher: np.ndarray, templates: list[str]
@@ -20,7 +22,8 @@ def zero_shot_metrics(
     ids: of n images; student, teacher: (n, E) their vectors. The classes are all labels of
     data/images. The floor is the share of the most frequent label: what the best answer that does
     not look at the image gets, and never less than chance. The ceiling is the teacher's share.
-    Where a class has no vector the group says why it is left out.
+    Where a class has no vector the group says why it is left out; classes that the teacher embeds
+    alike are counted.
     """
     label_of = labels_of(data, ids)
     labelled = [i for i, key in enumerate(ids) if key in label_of]
@@ -38,8 +41,22 @@ def zero_shot_metrics(
     accuracy = metrics.share_interval(right).beside(
         floor=float(np.bincount(own).max() / len(own)), ceiling=float(ceiling)
     )
-    counts = {"images": len(own), "classes": len(names), "templates": len(templates)}
-    return MetricGroup(metrics={"accuracy": accuracy}, facts=counts)
+    counts: dict[str, int | float | str] = {
+        "images": len(own),
+        "classes": len(names),
+        "templates": len(templates),
+    }
+    return MetricGroup(metrics={"accuracy": accuracy}, facts=counts | _alike(names, classes))
+
+
+def _alike(names: list[str], classes: np.ndarray) -> dict[str, int | float | str]:
+    """How many classes have the vector of another one, and two of them; nothing where none has."""
+    cosines = classes @ classes.T - 2 * np.eye(len(classes))
+    if cosines.max() < ALIKE:
+        return {}
+    one, other = sorted(np.unravel_index(cosines.argmax(), cosines.shape))
+    count = int((cosines.max(axis=1) >= ALIKE).sum())
+    return {"alike": count, "alike_classes": f"{names[one]!r} and {names[other]!r}"}
 
 
 def class_vectors(data: Path, names: list[str], templates: list[str]) -> np.ndarray:

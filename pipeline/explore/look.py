@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_file
 from pipeline.explore import plots
-from pipeline.explore.query_vectors import Queries, read_image, stored_image
+from pipeline.explore.query_vectors import Queries, named_image
 from pipeline.explore.search import Query
 from pipeline.models.patches import (
     PatchView,
@@ -50,15 +50,14 @@ def look(queries: Queries, named: Path | str, prompts: list[str]) -> Look:
     if len(prompts) > MOST:
         raise PipelineError(f"{len(prompts)} prompts: at most {MOST} fit into one picture.")
     student, teacher = queries.student, None
-    file = Path(named)
-    image = read_image(queries.data, file) if file.exists() else stored_image(queries.data, named)
+    image = named_image(queries.data, named)
     asked, notes = queries.texts(prompts)
     try:
         teacher = _teacher_view(queries, image)
     except PipelineError as error:
         notes.append(f"Left out, the teacher's panels: {error}")
     patch_view = student_view(student, queries.view(image, student.config.image_size))
-    return Look(file.name, queries.view(image, SHOWN), patch_view, teacher, asked, notes)
+    return Look(Path(named).name, queries.view(image, SHOWN), patch_view, teacher, asked, notes)
 
 
 def _teacher_view(queries: Queries, image: np.ndarray) -> PatchView:

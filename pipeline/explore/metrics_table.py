@@ -17,6 +17,8 @@ WORDS = {  # group and name of a metric -> what it says, in the order in which p
     ("pointing", "pointing"): "the patch that answers best to a text lies in its box",
     ("segmentation", "mIoU"): "classes painted patch by patch, against their masks (mIoU)",
 }
+FEW = 50  # held-out images below which the metrics are said to mean little
+APART = 0.02  # floor and ceiling, for the way between them to mean something
 GROUPS = list(dict.fromkeys(group for group, _ in WORDS))
 COLUMNS = ("on held-out images", "student", "95 % interval", "floor", "ceiling")
 
@@ -52,7 +54,39 @@ def metrics_text(metrics: dict) -> str:
         for key, reason in metrics.get(group, {}).items()
         if key.endswith("left_out")
     ]
-    return "\n".join([table(COLUMNS, headlines(metrics)), *left_out])
+    notes = [f"note: {caution}" for caution in cautions(metrics)]
+    return "\n".join([table(COLUMNS, headlines(metrics)), *left_out, *notes])
+
+
+def cautions(metrics: dict) -> list[str]:
+    """Sentences on what of an evaluation's metrics means little or nothing, and why."""
+    found = []
+    if (count := metrics.get("images", FEW)) < FEW:
+        found.append(
+            f"{count} held-out images are few: the intervals are wide, and a search among {count} is "
+            "easy. Raise select.test, or add images."
+        )
+    zero_shot = metrics.get("zero_shot", {})
+    if zero_shot.get("classes") == 1:
+        found.append("all labels are one, so that every answer of zero_shot is right.")
+    elif alike := zero_shot.get("alike"):
+        found.append(
+            f"the teacher embeds {alike} of {zero_shot['classes']} classes like another one (cosine 1), "
+            f"such as {zero_shot['alike_classes']}: it cannot tell them apart, nor can zero_shot."
+        )
+    for (group, name), words in WORDS.items():
+        metric = metrics.get(group, {}).get(name)
+        floor, ceiling = (
+            (metric.get("floor"), metric.get("ceiling"))
+            if isinstance(metric, dict)
+            else (None, None)
+        )
+        if floor is not None and ceiling is not None and ceiling - floor < APART:
+            found.append(
+                f"{words!r}: the ceiling is {ceiling:.3f} and the floor {floor:.3f}, so that the value "
+                "says nothing of the student."
+            )
+    return found
 
 
 def titled_metrics(measured: Evaluation) -> list[tuple[str, Metric]]:
@@ -74,6 +108,11 @@ def reasons(measured: Evaluation) -> dict[str, str]:
             if name.endswith("_left_out"):
                 left_out[f"{kind} {name.removesuffix('_left_out')}"] = str(fact)
     return left_out
+
+
+def in_words(name: str) -> str:
+    """A name of the records as people read it: without underscores."""
+    return name.replace("_", " ")
 
 
 def _natural(name: str) -> list[int | str]:

@@ -37,8 +37,9 @@ from pipeline.models.export import (
     shrink_image_tower,
     stored_pixels,
 )
-from pipeline.models.export_text import embed_texts, export_text_tower, shrink_text_tower
+from pipeline.models.export_text import export_text_tower, shrink_text_tower
 from pipeline.models.student import CONFIG, WEIGHTS, Student
+from pipeline.models.text_tower import embed_texts
 
 CHECKED = 16  # prompts, and as many captions, with which both ways of searching are compared
 TIE = 2e-4  # stored vectors are float16: scores that are nearer than this may change places

@@ -42,10 +42,12 @@ def patch_groups(
     dataset: Dataset,
     count: int,
     student: Student,
+    prompts: list[str],
     by_teacher: Callable[[Sample], PatchView] | None,
 ) -> list[dict]:
     """Tiles of the first held-out images, [{title, tiles}]: weights and a map per text.
 
+    prompts: stored texts that are drawn where an image has no boxes.
     by_teacher: a sample of the dataset -> what the teacher makes of it, for its attention beside them.
     """
     interpolation, groups = student.preprocessing.interpolation, []
@@ -56,7 +58,7 @@ def patch_groups(
             continue
         image = view_pixels(decode(sample.jpg), sample.box, sample.flip, SIDE, interpolation)
         view = student_view(student, pixels)
-        caption, texts = _texts_of(data, sample.image_id)
+        caption, texts = _texts_of(data, sample.image_id, prompts)
         tiles = [
             Tile(
                 plots.data_uri(plots.thumbnail(image, SIDE)),
@@ -73,13 +75,14 @@ def patch_groups(
     return groups
 
 
-def _texts_of(data: Path, image_id: str) -> tuple[str | None, list[tuple]]:
-    """An image's caption, and its box texts or else captions, as (text, vector, box or None)."""
+def _texts_of(data: Path, image_id: str, prompts: list[str]) -> tuple[str | None, list[tuple]]:
+    """An image's caption or label, and the texts of its boxes, else the prompts, else its captions,
+    as (text, vector, box or None)."""
     ((caption, boxes),) = database.connect(data).execute(BOXES, [image_id]).fetchall()
     boxes = {box["text"]: box for box in boxes or []}
-    names = list(boxes)
+    names = list(boxes) or [prompt.strip() for prompt in prompts]
     texts, _, vectors = load_text_embeddings(
-        data, "image_id IS NULL AND list_contains(?::VARCHAR[], text)", [names]
+        data, "image_id IS NULL AND list_contains(?::VARCHAR[], trim(text))", [names]
     )
     if not texts:
         texts, _, vectors = load_text_embeddings(data, "image_id = ?", [image_id])
@@ -242,6 +245,7 @@ def _filters(student: Student) -> dict:
 
 
 BOXES = """
-SELECT caption, list_filter(boxes, lambda b: trim(b.text) <> '') AS boxes FROM images
+SELECT coalesce(nullif(trim(caption), ''), label),
+       list_filter(boxes, lambda b: trim(b.text) <> '') AS boxes FROM images
 WHERE status = 'ok' AND image_id = ?
 """

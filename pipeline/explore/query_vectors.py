@@ -183,6 +183,13 @@ def read_image(data: Path, file: Path) -> np.ndarray:
         ) from None
 
 
+def named_image(data: Path, named: Path | str) -> np.ndarray:
+    """An image file, or an image of the collection by its image_id or url, as `pipeline search`
+    prints them: (h, w, 3) uint8. Raises PipelineError where there is neither, or no usable image."""
+    file = Path(named)
+    return read_image(data, file) if file.exists() else stored_image(data, named)
+
+
 def stored_image(data: Path, named: Path | str) -> np.ndarray:
     """An image of the collection by its image_id or url: (h, w, 3) uint8.
 

@@ -23,7 +23,15 @@ from pipeline.data.embeddings import load_text_embeddings
 from pipeline.data.pixels import decode
 from pipeline.explore import panels, plots, report_charts
 from pipeline.explore.licenses import licenses
-from pipeline.explore.metrics_table import headlines, number, reasons, titled_metrics
+from pipeline.explore.metrics_table import (
+    APART,
+    cautions,
+    headlines,
+    in_words,
+    number,
+    reasons,
+    titled_metrics,
+)
 from pipeline.explore.search import Collection, Hits, Query
 from pipeline.explore.segmented_scenes import painted_scenes
 from pipeline.explore.throughput import finished_runs, throughput
@@ -36,7 +44,6 @@ HITS = 6  # a side and prompt
 LOOKED_AT = PAINTED = 6  # held-out images
 THUMBNAIL = 160  # px
 ELSEWHERE = "The teacher's attention and the speed of every run: run `pipeline report`."
-APART = 0.02  # floor and ceiling, for a share of the way between them to mean something
 
 MEANING = {
     "cosine": "between the student's and the teacher's embedding of the same image",
@@ -89,12 +96,15 @@ def write_report(
         "found": measured,
         "summary": _summary(measured, student),
         "headlines": headlines(measured.to_json()),
+        "cautions": cautions(measured.to_json()),
         "made": _made(data, student),
         "counts": _counts(data),
         "quality": _quality(measured),
         "curves": _curves(data / "student" / "training.csv"),
         "searches": _searches(Collection(data, index), config.prompts),
-        "looked_at": panels.patch_groups(data, dataset, LOOKED_AT, student, by_teacher),
+        "looked_at": panels.patch_groups(
+            data, dataset, LOOKED_AT, student, config.prompts, by_teacher
+        ),
         "scenes": painted_scenes(data, config, student, _segmentation(measured), PAINTED),
         "charts_inside": parts,
         "tiles_inside": groups,
@@ -162,7 +172,7 @@ def _made(data: Path, student: Student) -> dict[str, Any]:
 
 def _in_words(values: dict) -> dict:
     """Names as people read them: what stands in what, without underscores."""
-    names = (" \u203a ".join(name.split(".")).replace("_", " ") for name in values)
+    names = (in_words(" \u203a ".join(name.split("."))) for name in values)
     return dict(zip(names, values.values(), strict=True))
 
 
@@ -195,11 +205,11 @@ def _counts(data: Path) -> dict:
 def _quality(measured: Evaluation) -> dict:
     """The metrics as rows, and a chart of those with floor and ceiling."""
     rows = titled_metrics(measured)
-    drawn = [(title, metric) for title, metric in rows if _has_a_way(metric)]
+    drawn = [(in_words(title), metric) for title, metric in rows if _has_a_way(metric)]
     shares = ", ".join(f"{title} {metric.share(metric.value):.0%}" for title, metric in drawn)
     groups = measured.groups()
     counts = {"images": measured.images, "undecodable": measured.undecodable} | {
-        f"{name}.{key}": count
+        in_words(f"{name}, {key}"): count
         for name, group in groups.items()
         for key, count in group.facts.items()
         if isinstance(count, int)
@@ -222,7 +232,7 @@ def _has_a_way(metric: Metric) -> bool:
 
 def _row(title: str, metric: Metric) -> dict[str, str]:
     return {
-        "name": title,
+        "name": in_words(title),
         "meaning": next((MEANING[word] for word in title.split()[::-1] if word in MEANING), ""),
         "value": number(metric.value),
         "interval": f"{number(metric.low)} to {number(metric.high)}",

@@ -11,7 +11,7 @@ from pipeline.core.provenance import write_file
 from pipeline.evaluation.dense import sliding_cosines
 from pipeline.evaluation.segmentation import segment
 from pipeline.explore import plots
-from pipeline.explore.query_vectors import Queries, read_image
+from pipeline.explore.query_vectors import Queries, named_image
 
 MOST = 12  # classes in a picture
 
@@ -28,13 +28,14 @@ class Segmented:
 
 
 def segment_image(
-    queries: Queries, file: Path, prompts: list[str], size: int, threshold: float | None
+    queries: Queries, named: Path | str, prompts: list[str], size: int, threshold: float | None
 ) -> Segmented:
-    """The centre square of an image file at size px, painted by the prompt that answers best.
+    """The centre square of an image at size px, painted by the prompt that answers best.
 
     The student looks through windows of its own size, half a window apart; size is rounded up to
     its patches. threshold: cosine up to which a place is no class; None: every place is one.
-    Prompts that can be embedded neither from store nor by the teacher are left out with a note.
+    named: as of `look`. Prompts that can be embedded neither from store nor by the teacher are left
+    out with a note.
 
     Raises PipelineError: no prompts or too many, none with a vector, a file that is no image.
     """
@@ -46,14 +47,14 @@ def segment_image(
         raise PipelineError(f"none of the prompts has a vector. {' '.join(notes)}")
     config = student.config
     size = max(config.image_size, -(-size // config.patch_size) * config.patch_size)
-    image = queries.view(read_image(queries.data, file), size)
+    image = queries.view(named_image(queries.data, named), size)
     stride = max(1, config.grid // 2) * config.patch_size
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
     vectors = torch.from_numpy(np.stack([query.student for query in asked]))
     cosines = sliding_cosines(student, pixels, vectors, stride)
     groups = [[], *([i] for i in range(len(asked)))]
     labels = segment(*cosines, groups, (size, size), threshold=threshold)[0].cpu().numpy()
-    return Segmented(file.name, image, labels, [query.title for query in asked], notes)
+    return Segmented(Path(named).name, image, labels, [query.title for query in asked], notes)
 
 
 def segment_figure(segmented: Segmented, out: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.export import check_cosine, check_deviation
-from pipeline.models.onnx_files import need, quantise, run_onnx, store_as_float16, write_onnx
+from pipeline.models.onnx_files import need, quantise, store_as_float16, write_onnx
 from pipeline.models.teacher import Teacher
-from pipeline.models.tokenizer import check_tokenizer, read_tokenizer, write_tokenizer
+from pipeline.models.text_tower import embed_texts, read_tokenizer
+from pipeline.models.tokenizer import check_tokenizer, write_tokenizer
 
 EXAMPLE = "a photo of a cat"
 
@@ -52,13 +53,6 @@ def export_text_tower(teacher: Teacher, folder: Path, texts: list[str]) -> tuple
     vocabulary = read_tokenizer(folder).get_vocab_size()
     described = {"context_length": length, "vocab_size": vocabulary, "tokenizer_kwargs": kwargs}
     return deviation, described
-
-
-def embed_texts(folder: Path, texts: list[str]) -> np.ndarray:
-    """n texts -> (n, E) unit vectors by the written files alone, with no code of open_clip's."""
-    encoded = read_tokenizer(folder).encode_batch(texts)
-    tokens = np.array([encoding.ids for encoding in encoded], np.int32)  # (n, T)
-    return run_onnx(folder / "model.onnx", tokens)[0]
 
 
 def shrink_text_tower(folder: Path, weights: str, texts: list[str]) -> str:

@@ -7,7 +7,6 @@ replacements; what looks at more than one character cannot be, and `differs_by_r
 """
 
 import html
-import json
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import write_json
 from pipeline.models.open_clip import open_clip
+from pipeline.models.text_tower import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, normalizers
@@ -42,6 +42,8 @@ def write_tokenizer(tokenize: OpenClipTokenizer, length: int, folder: Path) -> d
     names it. Raises PipelineError where the package tokenizers is missing.
     """
     tokenizer, pad = portable(tokenize)
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -51,18 +53,6 @@ def write_tokenizer(tokenize: OpenClipTokenizer, length: int, folder: Path) -> d
     }
     write_json(folder / "tokenizer_config.json", settings)
     return {"clean": _cleaning(tokenize)}
-
-
-def read_tokenizer(folder: Path) -> "Tokenizer":
-    """The written tokenizer as a program of others sets it up: padded, cut at the length."""
-    from tokenizers import Tokenizer
-
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    pad, length = settings["pad_token"], settings["model_max_length"]
-    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
-    tokenizer.enable_truncation(max_length=length)
-    return tokenizer
 
 
 def check_tokenizer(tokenize: OpenClipTokenizer, folder: Path, texts: Iterable[str]) -> list[str]:
@@ -125,8 +115,6 @@ def portable(tokenize: OpenClipTokenizer) -> "tuple[Tokenizer, str]":
     if tokenizer.normalizer is not None:
         steps.append(tokenizer.normalizer)
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer, pad
 
 

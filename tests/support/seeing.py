@@ -12,10 +12,11 @@ SIZE = 4  # embedding size of the world written by hand
 NAMES = ["apple", "bread", "cloud", "door"]  # image i's teacher vector is the i-th unit vector
 
 
-def handmade(data: Path) -> Path:
+def handmade(data: Path, named_by: str = "caption") -> Path:
     """Four images and their vectors in data; the student takes the apple for bread and vice versa.
 
-    Returns the folder of the student's index. Prompts: the names; captions: "a picture of NAME".
+    Returns the folder of the student's index. Prompts: the names; captions (or what named_by is):
+    "a picture of NAME".
     """
     teacher = np.eye(SIZE, dtype=np.float16)
     images = [
@@ -23,7 +24,7 @@ def handmade(data: Path) -> Path:
             "row_id": f"r{i}",
             "image_id": name,
             "url": f"file:{name}.jpg",
-            "caption": f"a picture of {name}",
+            named_by: f"a picture of {name}",
             "status": "ok",
             "jpg": worlds.picture(i, kind="JPEG"),
         }
