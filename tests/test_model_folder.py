@@ -21,7 +21,8 @@ from pipeline.models.student import Student
 
 onnxruntime = pytest.importorskip("onnxruntime")
 tokenizers = pytest.importorskip("tokenizers")
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 FILES = {
     *("README.md", "config.json", "index/images.jsonl", "index/texts.json", "index/texts.npy"),
     *("index/vectors.npy", "student/config.json", "student/model.safetensors"),
@@ -152,7 +153,7 @@ def test_the_readmes_lines_find_what_pipeline_search_finds_with_four_packages(
     exported, finished_world, small_world, card, tmp_path, text
 ):
     block = readme_block()
-    assert len([line for line in block.splitlines() if line.strip()]) <= 28
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
     photos = tmp_path / "photos"
     photos.mkdir()
     collection = Collection(finished_world)
@@ -171,6 +172,33 @@ def test_the_readmes_lines_find_what_pipeline_search_finds_with_four_packages(
     assert len(found) == 10
     for score, name in found:  # a score that is as good as the tenth may stand for it
         assert score == pytest.approx(expected.get(name, hits.student[-1].score), abs=0.02)
+
+
+def test_the_readmes_python_prints_how_well_texts_fit_an_image_and_loads_little(
+    exported, finished_world, small_world, card, tmp_path
+):
+    (block,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+    (tmp_path / "model").symlink_to(exported)
+    (tmp_path / "photo.jpg").write_bytes((small_world.root / "3.jpg").read_bytes())
+    names = 'import sys; print(sorted({name.split(".")[0] for name in sys.modules}))'
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}\n{names}"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *lines, loaded = done.stdout.splitlines()
+    assert not {"dvc", "duckdb", "img2dataset", "open_clip"} & set(eval(loaded))
+    queries = Queries(finished_world, card)
+    image = queries.image(tmp_path / "photo.jpg").student
+    for line, text in zip(
+        lines, ("a photo of a dog", "a photo of a cat", "a red circle"), strict=True
+    ):
+        name, whole, best = re.fullmatch(
+            r"(.*): the image (\S+), its best patch (\S+)", line
+        ).groups()
+        cosine = float(image @ queries.text(text).teacher)
+        assert name == text and float(whole) == pytest.approx(cosine, abs=0.02)
+        assert -1 <= float(best) <= 1
 
 
 def test_without_the_teachers_weights_the_text_side_is_left_out_and_named(finished_world, tmp_path):

@@ -1,6 +1,5 @@
 """The README is a contract: its commands exist and parse, its blocks run, its columns are the shards'."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -8,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import worlds
 from typer.main import get_command
 
 from pipeline.cli import app
@@ -96,22 +94,6 @@ def test_duckdb_alone_reads_the_shards_as_the_readme_says(finished_world):
         [sys.executable, *words[1:]], cwd=finished_world.parent, capture_output=True, text=True
     )
     assert done.returncode == 0 and "view" in done.stdout, done.stderr
-
-
-def test_the_python_block_runs_from_a_file_to_unit_vectors(finished_world, tmp_path):
-    (block,) = [b for kind, b in BLOCKS if kind == "python" and "from pipeline" in b]
-    (tmp_path / DATA).symlink_to(finished_world)
-    (tmp_path / "photo.jpg").write_bytes(worlds.picture(1, 90, 70, "JPEG"))
-    check = "print(image.shape, patches.shape, round(float(image.norm()), 3))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{block}\n{check}"],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    size = worlds.EMBEDDING_SIZE
-    assert done.stdout.strip() == f"(1, {size}) (1, 16, {size}) 1.0".replace(
-        "(1,", "torch.Size([1,"
-    ).replace(") ", "]) ", 2)
 
 
 def test_every_page_and_file_that_is_linked_exists():
