@@ -65,7 +65,12 @@ def test_what_was_made_by_the_parameters_is_fresh(finished_world, asked, tmp_pat
         ("teacher_embed__dtype", "bfloat16", "teacher", "teacher_embed.dtype was 'float32'"),
         ("select__test", 0.4, "selection", "select.test was 0.3, is 0.4"),
         ("distill__steps", 5, "student", "distill.steps was 4, is 5"),
-        ("evaluate__prompts", ["x"], "evaluation", "evaluate.prompts was ['a red circle']"),
+        (
+            "evaluate__prompts",
+            ["x"],
+            "evaluation",
+            "evaluate.prompts was ['a red circle', 'never embedded']",
+        ),
     ],
 )
 def test_a_changed_parameter_is_named_with_its_folder(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import browser
+from support import browser, seeing
 from support.finished import evaluate_config
 
 from pipeline.core.provenance import evaluation_of

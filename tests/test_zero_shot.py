@@ -72,7 +72,7 @@ def test_classes_that_the_teacher_embeds_alike_are_counted_and_named(tmp_path):
     texts = {"a fruit": FRUIT, "a bread": BREAD, "a roll": BREAD}
     ids = labelled(tmp_path, ["fruit", "bread", "roll"], texts)
     seen = np.eye(3, dtype=np.float32)[[0, 1, 1]]
-    found = zero_shot_figures(tmp_path, ids, seen, seen, TEMPLATES)
+    found = zero_shot_metrics(tmp_path, ids, seen, seen, TEMPLATES)
     assert found.facts["alike"] == 2 and found.facts["alike_classes"] == "'bread' and 'roll'"
 
 
