@@ -1,4 +1,4 @@
-# make demo | make test | make lint: each creates the virtual environment when it is missing.
+# make install | make demo | make test | make lint: each creates the virtual environment when it is missing.
 PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& { command -v $$p; break; }; done)
@@ -9,7 +9,9 @@ ifneq ($(wildcard ../shared/photos),)
 export EXTRAHEAD_SHARED ?= $(abspath ../shared)
 endif
 
-.PHONY: demo test slow faults lint
+.PHONY: install demo test slow faults lint
+
+install: $(BIN)/installed ## the virtual environment alone
 
 demo: $(BIN)/installed ## everything, on a small world that is drawn here, in float32
 	dvc repro

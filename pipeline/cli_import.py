@@ -23,7 +23,7 @@ def import_folder(
     force: Annotated[bool, typer.Option(help="Replace an existing manifest.")] = False,
     params: Annotated[Path, typer.Option("--params", help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
-    """Write a manifest of local images, and set params.yaml to it and to their number."""
+    """Write a manifest of local images, and set params.yaml to it, their number and their labels."""
     from pipeline.core.presets.settings import set_values, values_for
     from pipeline.fetch.folder import write_folder_manifest
 
@@ -34,11 +34,11 @@ def import_folder(
             f"{params} is the demo's, whose teacher knows drawn shapes alone. Run "
             "`pipeline init clip-vit-b32 --force` first."
         )
-    count = write_folder_manifest(folder, out, labels, force=force)
+    rows = write_folder_manifest(folder, out, labels, force=force)
     values: dict[str, Any] = {"download.manifest": str(out), "download.root": str(folder.resolve())}
-    values |= values_for(count)
+    values |= values_for(len(rows), [row["label"] for row in rows if row.get("label")])
     set_values(params, values)
-    say(f"{out}: {count} images. {params} now says:")
+    say(f"{out}: {len(rows)} images. {params} now says:")
     for name, value in values.items():
         say(f"  {name}: {value}")
     say("Next: `dvc repro`, or stage by stage: `pipeline download`.")

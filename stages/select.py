@@ -64,7 +64,21 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
                 ),
             )
             work.publish([FILE], _counts(table))
-        return _require_splits(read_stamp(work.out, STAGE).summary, evaluated)
+        counts = _require_splits(read_stamp(work.out, STAGE).summary, evaluated)
+        if note := _near_duplicates_note(counts, config.near_duplicates):
+            say(note, err=True)
+        return counts
+
+
+def _near_duplicates_note(counts: dict[str, int], threshold: float) -> str | None:
+    """What is said where most images are left out for their likeness: a teacher may see all alike."""
+    near, total = counts.get("left out: near duplicate", 0), sum(counts.values())
+    if near <= total / 2:
+        return None
+    return (
+        f"note: {near} of {total} images count as near duplicates of others. Where they are not, "
+        f"raise select.near_duplicates ({threshold})."
+    )
 
 
 def _require_splits(counts: dict[str, int], evaluated: str) -> dict[str, int]:

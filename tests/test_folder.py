@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_every_picture_is_a_row_whose_path_leads_back_to_it(folder, tmp_path, suffix):
     out = tmp_path / f"m{suffix}"
-    assert write_folder_manifest(folder, out) == len(NAMES)
+    assert len(write_folder_manifest(folder, out)) == len(NAMES)
     lists = write_lists(out, folder, 2, tmp_path / "lists")
     rows = [row for path in lists for row in pq.read_table(path).to_pylist()]
     found = {local_path(row["url"], folder): row for row in rows}

@@ -30,6 +30,7 @@ def test_what_was_not_measured_is_no_row_and_what_has_no_floor_is_empty():
 def test_few_images_are_said_to_be_few():
     said = metrics_text({"images": 9, "fidelity": {"cosine": METRIC}})
     assert "note: 9 held-out images are few" in said and "select.test" in said
+    assert max(map(len, said.splitlines())) <= 100
     assert "note:" not in metrics_text({"images": 50, "fidelity": {"cosine": METRIC}})
 
 

@@ -13,7 +13,7 @@ from support import worlds
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_stamp
 from pipeline.data import database, shards
-from stages.select import QUERY, select
+from stages.select import QUERY, _near_duplicates_note, select
 
 GOOD = 60
 
@@ -138,6 +138,13 @@ def test_near_duplicates_share_a_split_and_one_of_them_is_kept(data):
         reason = "duplicate" if a < 5 else "near duplicate"
         assert {row["reason"] for row in pair} == {None, reason}
     assert sum(row["keep"] for row in found.values()) == GOOD - 10
+
+
+def test_a_threshold_that_leaves_most_images_out_is_named():
+    counts = {"left out: near duplicate": 213, "test": 6, "train": 20, "val": 1}
+    assert "213 of 240 images" in _near_duplicates_note(counts, 0.96)
+    assert "(0.96)" in _near_duplicates_note(counts, 0.96)
+    assert _near_duplicates_note({"left out: near duplicate": 13, "train": 20}, 0.96) is None
 
 
 def test_one_group_of_everything_is_one_image(data):

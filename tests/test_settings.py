@@ -89,6 +89,8 @@ def test_own_photos_need_two_commands_and_no_editor(tmp_path):
     assert "download.root" in done.stdout and "dvc repro" in done.stdout
     config = load_section(tmp_path / "params.yaml", "download")
     assert Path(config.root) == photos and config.manifest == "manifests/images.csv"
+    evaluate = load_section(tmp_path / "params.yaml", "evaluate")
+    assert evaluate.prompts == ["a photo of a dress", "a photo of a hat"]
     assert "0.jpg,,dress" in (tmp_path / config.manifest).read_text()
     again = pipeline(tmp_path, "import", "folder", "my photos")
     assert again.returncode == 1 and "--force" in again.stderr
@@ -146,3 +148,14 @@ def test_a_student_is_set_to_fit_its_teacher(tmp_path, name, size, patch, values
 def test_init_names_the_teachers_licence_and_an_unknown_teacher():
     done = pipeline(ROOT, "init", "clip-vit-b32", "--teacher", "nobody", "--params", "/nowhere/p")
     assert done.returncode == 1 and "no teacher card manifests/teachers/nobody.yaml" in done.stderr
+
+
+def test_what_the_report_searches_for_is_embedded():
+    """By the lists of the preset: texts that nobody stored would leave the first report empty."""
+    prompts = (ROOT / "manifests/prompts/common.txt").read_text().splitlines()
+    templates = (ROOT / "manifests/prompts/templates.txt").read_text().splitlines()
+    values = yaml.safe_load(REAL)
+    assert values["teacher_embed"]["prompts"] == "manifests/prompts/common.txt"
+    assert set(values["evaluate"]["prompts"]) <= set(prompts)
+    (prompt,) = values_for(10, ["dress"])["evaluate.prompts"]
+    assert prompt in [template.replace("{}", "dress") for template in templates]

@@ -1,6 +1,7 @@
 """The metrics of an evaluation that matter, in words, as a table for people."""
 
 import re
+import textwrap
 from typing import NamedTuple
 
 from pipeline.core.records import Evaluation, Metric
@@ -18,6 +19,7 @@ WORDS = {  # group and name of a metric -> what it says, in the order in which p
     ("segmentation", "mIoU"): "classes painted patch by patch, against their masks (mIoU)",
 }
 FEW = 50  # held-out images below which the metrics are said to mean little
+WIDTH = 100  # columns of a terminal
 APART = 0.02  # floor and ceiling, for the way between them to mean something
 GROUPS = list(dict.fromkeys(group for group, _ in WORDS))
 COLUMNS = ("on held-out images", "student", "95 % interval", "floor", "ceiling")
@@ -54,7 +56,7 @@ def metrics_text(metrics: dict) -> str:
         for key, reason in metrics.get(group, {}).items()
         if key.endswith("left_out")
     ]
-    notes = [f"note: {caution}" for caution in cautions(metrics)]
+    notes = [textwrap.fill(f"note: {caution}", WIDTH) for caution in cautions(metrics)]
     return "\n".join([table(COLUMNS, headlines(metrics)), *left_out, *notes])
 
 

@@ -21,8 +21,8 @@ COLUMNS = ("caption", "label", "license")  # of a file of labels, beside `file`
 
 def write_folder_manifest(
     folder: Path, out: Path, labels: Path | None = None, *, force: bool = False
-) -> int:
-    """One row per image file below folder, sorted by path; returns how many.
+) -> list[dict]:
+    """One row per image file below folder, sorted by path; returns the rows.
 
     A file's label is the subfolder it lies in (null at the top), its caption the text file of the
     same name beside it, where there is one. labels: a CSV whose column `file` names files below
@@ -45,7 +45,7 @@ def write_folder_manifest(
         names = dict.fromkeys(name for row in rows for name in row)
         rows = [{name: row.get(name) for name in names} for row in rows]
     write_manifest(rows, out, force=force)
-    return len(rows)
+    return rows
 
 
 def write_manifest(rows: list[dict], out: Path, *, force: bool = False) -> None:

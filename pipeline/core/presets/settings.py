@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.core.errors import PipelineError
@@ -10,6 +12,7 @@ from pipeline.core.provenance import write_file
 Value = str | int | float | list
 HELD_OUT = 50  # images of a test split below which its metrics mean little
 FEW = 10_000  # images below which a student learns them by heart, if nothing is done about it
+SEARCHED = 3  # labels that the report searches for
 PASSES = 100  # over the training images, where they are few
 # What was best of a thousand real vectors (benchmarks/RECIPE.md).
 OF_FEW = {
@@ -53,12 +56,15 @@ def with_values(text: str, values: dict[str, Value], path: Path) -> str:
     return "".join(lines)
 
 
-def values_for(images: int) -> dict[str, Value]:
+def values_for(images: int, labels: Iterable[str] = ()) -> dict[str, Value]:
     """What fits a collection of so many images, where the preset is made for millions.
+
+    labels: those of the images; the report then searches for the most frequent ones.
 
     A test split of HELD_OUT images where a fifth of them gives that; where they are few, PASSES
     passes over the training images in batches of at most 64, four or more a pass.
     """
+    prompts = [f"a photo of a {label}" for label, _ in Counter(labels).most_common(SEARCHED)]
     held_out = round(min(0.2, max(0.05, HELD_OUT / images)), 3)
     trained = images * (1 - held_out - 0.05)
     most, batch, steps = (64 if images < FEW else 256), 8, 100_000
@@ -73,6 +79,7 @@ def values_for(images: int) -> dict[str, Value]:
         "distill.warmup": max(1, min(2000, steps // 20)),
         "distill.validate_every": max(1, min(1000, steps // 20)),
         **(OF_FEW if images < FEW else {}),
+        **({"evaluate.prompts": prompts} if prompts else {}),
     }
 
 
