@@ -5,11 +5,11 @@ A command imports what it needs inside, so that --help answers without torch.
 
 import errno
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli_checks import named_card, refuse_outdated, warn_outdated
+from pipeline.cli_checks import named_card, named_share, refuse_outdated, warn_outdated
 from pipeline.cli_import import imports
 from pipeline.cli_store import stores
 from pipeline.core.choices import (
@@ -23,9 +23,6 @@ from pipeline.core.choices import (
 )
 from pipeline.core.errors import PipelineError
 from pipeline.core.terminal import fail, guard, output, say
-
-if TYPE_CHECKING:
-    from pipeline.cluster.parts import Share
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,7 +127,7 @@ def download(
         )
     if retry:
         say(begin_round(params, data))
-    config, share = load_section(params, "download"), _share(part)
+    config, share = load_section(params, "download"), named_share(part)
     statuses = run(config, data, processes=processes, threads=threads, share=share)
     if share:
         say(_PART_DONE.format("download", *share))
@@ -156,7 +153,7 @@ def teacher_embed(
     from pipeline.core.config import load_section
     from stages.teacher_embed import teacher_embed as run
 
-    config, share = load_section(params, "teacher_embed"), _share(part)
+    config, share = load_section(params, "teacher_embed"), named_share(part)
     refuse_outdated(params, data, "teacher_embed")
     summary = run(
         config, data, device=device, workers=workers, accept_other_vectors=accept, share=share
@@ -360,7 +357,12 @@ def verify(
     if asked:
         forgotten = read_forgotten(Path(load_section(asked, "download").forget))
     findings = run(
-        data, recompute=recompute, card=named, device=device, workers=workers, params=asked,
+        data,
+        recompute=recompute,
+        card=named,
+        device=device,
+        workers=workers,
+        params=asked,
         forgotten=forgotten,
     )
     say(findings_text(findings, format))
@@ -416,13 +418,6 @@ def export(
 
 
 _PART_DONE = "{0}: part {1}/{2} is done. After all parts, run `pipeline {0}`."
-
-
-def _share(part: str | None) -> "Share | None":
-    """The share of the shards that --part names; None without it."""
-    from pipeline.cluster.parts import parse_share
-
-    return None if part is None else parse_share(part)
 
 
 def _of_teacher(name: str) -> tuple[dict[str, Any], str]:
