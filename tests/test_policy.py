@@ -714,3 +714,52 @@ def test_robots_are_not_asked_where_they_need_not_be_respected():
     with web.serve(pages) as server:
         assert get(server.url("/a"), respect_robots=False) == b"image"
         assert why_not(server.url("/a"), respect_robots=True) == "robots"
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+MOVED = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: "
+RAW = {  # (what is sent once, what is sent for ever) -> status
+    "100 Continue for ever": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "timeout"),
+    "a header line without end": (b"HTTP/1.1 200 OK\r\nX: ", b"a" * 65_536, "unreachable"),
+    "headers without end": (b"HTTP/1.1 200 OK\r\n", b"X: a\r\n" * 1000, "unreachable"),
+    "no status line": (b"", b"nonsense " * 1000, "unreachable"),
+    "chunks of a byte": (CHUNKED, b"1\r\na\r\n" * 10_000, "too_large"),
+    "a chunk's extension": (CHUNKED + b"1;", b"x" * 65_536, "unreachable"),
+    "a trailer without end": (CHUNKED + b"1\r\na\r\n0\r\n", b"X: a\r\n" * 1000, "timeout"),
+    "a negative chunk": (CHUNKED + b"-5\r\nabc", b"", "refused"),
+    "a chunk of 2 ** 64 bytes": (CHUNKED + b"f" * 16 + b"\r\nabc", b"", "unreachable"),
+    "a redirect to no address": (MOVED + b"http://[::1\r\n\r\n", b"", "refused"),
+    "a redirect with a line end": (MOVED + b"/%0d%0aHost: x\r\n\r\n", b"", "refused"),
+    "a redirect to a file": (MOVED + b"file:a.jpg\r\n\r\n", b"", "refused"),
+}
+
+
+@contextmanager
+def sending(once: bytes, for_ever: bytes):
+    """The address of a server that answers so, whatever it is asked."""
+
+    def answer(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            connection.recv(65_536)
+            connection.sendall(once)
+            while for_ever:
+                connection.sendall(for_ever)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bytes_that_are_hardly_http_are_one_failure_in_time(name):
+    once, for_ever, status = RAW[name]
+    with sending(once, for_ever) as address:
+        start = time.monotonic()
+        assert why_not(address, timeout_s=1.0) == status
+        assert time.monotonic() - start < 5

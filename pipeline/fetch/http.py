@@ -174,7 +174,8 @@ class HttpClient:
                             yield response, target.host
                             return
             from_public |= any(is_public(ipaddress.ip_address(a[-1][0])) for a in addresses)
-            url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
+            with _named_errors():
+                url = urljoin(url, quote(location, safe=PLAIN + "#", encoding="latin-1"))
         raise FetchError("refused", f"more than {self.rules.max_redirects} redirects")
 
     def _addresses(self, target: Target, clock: _Clock, from_public: bool) -> list[tuple]:
