@@ -93,6 +93,7 @@ class Project:
         (kept / "refs").mkdir(parents=True)
         (kept / "refs/main").write_text(commit)
         fast.save_pretrained(kept / "snapshots" / commit)
+        (kept / "snapshots" / commit / "config.json").write_text("{}")
 
 
 @pytest.mark.parametrize("name", ["clip-vit-b32", "clip-vit-b32-256-datacomp", "siglip2-vit-b16"])
