@@ -6,6 +6,7 @@ import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.core.errors import PipelineError
@@ -59,6 +60,16 @@ def test_the_demos_prompts_have_the_same_ids(tokenize, folder):
     files = sorted((ROOT / "manifests/prompts").glob("*.txt"))
     texts = [line for file in files for line in file.read_text().splitlines()]
     assert len(texts) > 20 and other(tokenize, folder, texts) == []
+
+
+def test_every_caption_of_the_demo_has_the_same_ids(tokenize, folder, monkeypatch):
+    """As many as its world has, of things that are placed but not painted."""
+    monkeypatch.syspath_prepend(str(ROOT / "manifests/demo"))
+    import draw
+
+    rng = np.random.default_rng(0)
+    texts = [draw.caption(draw.place_things(rng, 64)) for _ in range(4800)]
+    assert len(set(texts)) > 2000 and other(tokenize, folder, texts) == []
 
 
 def test_every_shared_caption_has_the_same_ids(tokenize, folder, shared):
