@@ -1,4 +1,4 @@
-"""Throw mutated bytes at what reads strangers' files.
+"""Throw mutated bytes at what reads untrusted files.
 
 `python tests/fuzz.py image|manifest SECONDS`
 

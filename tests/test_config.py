@@ -186,8 +186,3 @@ def test_a_preset_never_replaces_a_file_unless_told_to(params):
     assert params.read_text() == "mine"
     write_preset("demo", params, force=True)
     assert load_section(params, "download")
-
-
-def test_an_unknown_preset_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(PipelineError, match="demo, clip-vit-b32"):
-        write_preset("imagenet", tmp_path / "params.yaml", force=False)

@@ -380,7 +380,7 @@ def test_not_one_image_is_an_error_that_says_what_was_found(tmp_path):
     assert len(out_rows(tmp_path)) == 2
 
 
-def test_strangers_in_the_out_are_refused_before_anything_is_fetched(world, site, tmp_path):
+def test_unexpected_files_in_the_out_are_refused_before_anything_is_fetched(world, site, tmp_path):
     (tmp_path / "data/images").mkdir(parents=True)
     (tmp_path / "data/images/holiday.jpg").write_bytes(b"mine")
     requested(site)

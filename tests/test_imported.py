@@ -246,9 +246,9 @@ def test_unknown_layouts_and_uneven_files_are_refused_with_what_was_found(data, 
     nameless = npz(tmp_path / "w.npz", embedding=vectors(IMAGES))
     with pytest.raises(PipelineError, match="expected"):
         import_embeddings(data, nameless, teacher=TEACHER)
-    strangers = npz(tmp_path / "x.npz", image=["who.png"], embedding=vectors(1))
+    unknown = npz(tmp_path / "x.npz", image=["who.png"], embedding=vectors(1))
     with pytest.raises(PipelineError, match=r"who\.png.*same urls or file names"):
-        import_embeddings(data, strangers, teacher=TEACHER)
+        import_embeddings(data, unknown, teacher=TEACHER)
 
 
 def test_import_and_teacher_embed_do_not_overwrite_each_other(data, tmp_path):

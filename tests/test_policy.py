@@ -284,7 +284,7 @@ def test_a_redirect_is_checked_like_a_first_request():
 
 
 def test_a_public_host_may_not_redirect_into_a_network_that_is_allowed(monkeypatch):
-    """`allow` is for URLs that the user's list names, not for what strangers point at."""
+    """`allow` is for URLs that the user's list names, not for what others point at."""
     monkeypatch.setattr(opener_module, "is_public", lambda address: str(address) == "127.0.0.1")
     pages = {}
     with web.serve(pages) as server:
@@ -561,7 +561,7 @@ def test_a_refusal_names_the_rule_that_forbids():
     long = b"User-agent: *\nDisallow: /" + b"*a" * 5000
     with web.serve({"/robots.txt": long}) as server, pytest.raises(FetchError) as caught:
         get(server.url("/" + "a" * 5000), respect_robots=True)
-    assert len(str(caught.value)) < 300, "a stranger's text in every row"
+    assert len(str(caught.value)) < 300, "an untrusted text in every row"
 
 
 def test_the_longest_rule_wins_and_allow_wins_a_tie():

@@ -72,7 +72,7 @@ def test_another_recipe_replaces_every_file_and_removes_the_older_work(tmp_path)
     assert not old.folder.exists() and new.folder.exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter", "no stamp", "stranger"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "no stamp", "unexpected file"])
 def test_an_out_that_is_not_whole_is_not_published(tmp_path, damage):
     work = finish(tmp_path, {"n": 1})
     changed = work.out / NAMES[1]
@@ -136,10 +136,10 @@ def test_a_run_killed_at_any_step_of_publishing_leaves_one_whole_run_or_none(tmp
     assert not list(tmp_path.rglob("*" + PARTIAL))
 
 
-# Strangers
+# Unexpected files
 
 
-def test_a_strangers_file_is_refused_named_and_left_alone(tmp_path):
+def test_an_unexpected_file_is_refused_named_and_left_alone(tmp_path):
     finish(tmp_path, {"n": 1})
     (tmp_path / "out/holiday.jpg").write_text("mine")
     for recipe in ({"n": 1}, {"n": 2}):

@@ -252,8 +252,3 @@ def test_a_fault_that_shows_after_many_rows_is_one_message(data, form, capfdbina
 def test_what_parquet_cannot_hold_is_one_message(data, capfdbinary):
     with pytest.raises(PipelineError, match="interval"):
         print_answer(data, "SELECT INTERVAL 1 DAY", "parquet")
-
-
-def test_an_unknown_format_names_those_there_are(data):
-    with pytest.raises(PipelineError, match="table, csv, json, parquet"):
-        print_answer(data, "SELECT 1", "xml")
