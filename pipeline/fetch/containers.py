@@ -41,7 +41,7 @@ def list_contained(manifest: Path, root: Path, out: Path) -> Path:
     Raises PipelineError: files that lie outside root, a tar that is damaged, compressed or without
     images.
     """
-    files = _files(manifest)
+    files = contained_files(manifest)
     if files and all(path.suffix == ".tar" for path in files):
         tables = _tables_of_tars(files, root)
     elif files and all(path.suffix == ".parquet" for path in files):
@@ -61,7 +61,8 @@ def list_contained(manifest: Path, root: Path, out: Path) -> Path:
     return out
 
 
-def _files(manifest: Path) -> list[Path]:
+def contained_files(manifest: Path) -> list[Path]:
+    """Tars, or Parquet files where there is none, of a folder or a pattern; or the file itself."""
     if manifest.is_dir():
         kinds = {".tar", ".parquet"}
         paths = sorted(path for path in manifest.rglob("*") if path.suffix in kinds)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.core.config import DownloadConfig
 from pipeline.core.provenance import digest, file_digest
+from pipeline.fetch.containers import contained_files
 from pipeline.fetch.forget import read_forgotten
 from pipeline.fetch.manifest_files import manifest_files
 
@@ -20,7 +21,9 @@ def listing(config: DownloadConfig) -> dict[str, Any]:
 
     Neither names nor folders: the same in every clone. Raises PipelineError where a file is missing.
     """
-    files = manifest_files(Path(config.manifest))
+    files = contained_files(Path(config.manifest))
+    if not files or any(file.suffix != ".tar" for file in files):  # no collection of tars
+        files = manifest_files(Path(config.manifest))
     forgotten = read_forgotten(Path(config.forget))
     return {
         "manifest": digest([_content(file) for file in files]),
