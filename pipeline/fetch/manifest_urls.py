@@ -14,7 +14,7 @@ _KINDS = """
 SELECT CASE WHEN url ILIKE 'file:%' THEN 'file'
             WHEN regexp_matches(url, '^[A-Za-z][A-Za-z0-9+.-]*:') THEN 'scheme' ELSE 'bare' END,
        count(*), min(url), count(content)
-FROM read_parquet(?) WHERE url <> '' AND occurrence = 0 AND NOT forgotten GROUP BY ALL
+FROM read_parquet(?) WHERE trim(url) <> '' AND occurrence = 0 AND NOT forgotten GROUP BY ALL
 """
 
 
