@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import os
+import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.fetch.manifest import image_id, list_digest, write_lists
 
 ROWS_PER_SHARD = 2
+SPACES = "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c) == "Zs")
 BOX = {"text": "a cat", "x0": 1.0, "y0": 2.0, "x1": 30.0, "y1": 40.0}
 
 
@@ -75,7 +78,7 @@ def listed(given_rows: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Every row with its captions: the first of a url has those of all its rows, each once."""
     found, first = [], {}
     for url, caption in given_rows:
-        mine = [caption] if caption.strip(" ") else []
+        mine = [caption] if caption.strip(SPACES) else []
         if not url or url not in first:
             first[url] = mine
             found.append((url, mine))
