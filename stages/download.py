@@ -53,7 +53,7 @@ def download(
             say=partial(say, err=True),
         )
         check_urls(lists, config, partial(say, err=True))
-        plan, listed = plan_images(config, lists, forgotten), listing(config)
+        plan, listed = plan_images(config, lists, forgotten), listing(config, forgotten)
         if share is None and is_published(out, STAGE, plan.recipe) and listed == _listed(data):
             return _require_images(_statuses(out.glob("*.parquet")))
         refuse_unexpected(out, STAGE)

@@ -48,7 +48,9 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
             work.begin()
             with own_inputs(data, STAGE) as inputs:
                 table = _selected(config, inputs)
-            _require_splits(_counts(table), evaluated)  # an out that is of no use would be used
+            counts = _require_splits(
+                _counts(table), evaluated
+            )  # an out that is of no use would be used
             made = {
                 "stage": STAGE,
                 **recipe.model_dump(),
@@ -63,7 +65,7 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
                     provenance=made,
                 ),
             )
-            work.publish([FILE], _counts(table))
+            work.publish([FILE], counts)
         counts = _require_splits(read_stamp(work.out, STAGE).summary, evaluated)
         if note := _near_duplicates_note(counts, config.near_duplicates):
             say(note, err=True)

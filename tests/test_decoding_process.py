@@ -4,13 +4,13 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
 from support import bombs, worlds
 from support import server as web
+from support.memory import held
 
 from pipeline.fetch import decoding
 from pipeline.fetch.decoding import Undecodable, canonical_jpeg, count_scans
@@ -36,8 +36,7 @@ def why_not(decoder: Decoder, data: bytes) -> tuple[str, str]:
 
 def peak(decoder: Decoder) -> int:
     """Most bytes of memory that the child has held so far."""
-    status = Path(f"/proc/{decoder.child.pid}/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return held("VmHWM", decoder.child.pid)
 
 
 @pytest.fixture(scope="module")

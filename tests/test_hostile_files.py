@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.memory import held
 from test_published import checkpoint_of, small_student
 
 from pipeline.core.config import StudentConfig
@@ -33,11 +34,6 @@ def cheaply():
     yield
     assert time.process_time() - began < 20
     assert held("VmHWM") - before < MEMORY
-
-
-def held(kind: str) -> int:
-    """Bytes of memory that this process holds (VmRSS), or held at most (VmHWM)."""
-    return 1024 * int(Path("/proc/self/status").read_text().split(kind + ":")[1].split()[0])
 
 
 def refused(file: Path) -> str:

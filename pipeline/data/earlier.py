@@ -64,7 +64,6 @@ class EarlierRows:
         last = np.searchsorted(self.hashes, wanted, side="right")
         ranges = [self.order[a:b] for a, b in zip(first, last, strict=True) if b > a]
         rows = np.sort(np.concatenate(ranges)) if ranges else np.zeros(0, np.int64)
-        for i, (path, made) in enumerate(self.files):
-            mine = rows[(rows >= self.starts[i]) & (rows < self.starts[i + 1])]
-            if len(mine):
-                yield path, made, mine - self.starts[i]
+        of_file = np.searchsorted(self.starts, rows, side="right") - 1
+        for i in np.unique(of_file):
+            yield *self.files[i], rows[of_file == i] - self.starts[i]

@@ -17,9 +17,8 @@ from pipeline.core.layout import command
 
 VERSION = 2  # raise it when a schema or the order of rows changes
 ROWS_PER_GROUP = 256  # bounds a reader's memory: some megabytes of JPEGs
-TABLE_ROWS_PER_GROUP = (
-    65_536  # of tables without images: counts are fast, Parquet takes 32,767 groups
-)
+# Of tables without images: counts are fast, and Parquet takes 32,767 groups.
+TABLE_ROWS_PER_GROUP = 65_536
 REPEATED = {"status", "label", "license", "split", "reason"}  # columns of few values
 
 BOX = pa.struct([("text", pa.string()), *[(c, pa.float32()) for c in ("x0", "y0", "x1", "y1")]])

@@ -78,11 +78,9 @@ def cautions(metrics: dict) -> list[str]:
         )
     for (group, name), words in WORDS.items():
         metric = metrics.get(group, {}).get(name)
-        floor, ceiling = (
-            (metric.get("floor"), metric.get("ceiling"))
-            if isinstance(metric, dict)
-            else (None, None)
-        )
+        if not isinstance(metric, dict):
+            continue
+        floor, ceiling = metric.get("floor"), metric.get("ceiling")
         if floor is not None and ceiling is not None and ceiling - floor < APART:
             found.append(
                 f"{words!r}: the ceiling is {ceiling:.3f} and the floor {floor:.3f}, so that the value "

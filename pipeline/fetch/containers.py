@@ -30,9 +30,8 @@ _INSIDE = re.compile(
     r"(?P<file>.+\.(?:tar|parquet))!/(?P<name>.*)@(?P<at>\d+)(?:\+(?P<size>\d+))?", re.S
 )
 _GROUPS = 4  # row groups of images that a process keeps
-MOST_OF_A_GROUP = (
-    1 << 30
-)  # bytes of images in a row group, unpacked; a value that repeats counts once
+# Bytes of images in a row group, unpacked; a value that repeats counts once.
+MOST_OF_A_GROUP = 1 << 30
 
 
 def list_contained(manifest: Path, root: Path, out: Path) -> Path:

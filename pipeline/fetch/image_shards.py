@@ -6,6 +6,7 @@ of one plan at once.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -191,19 +192,18 @@ class ImageShards:
             "libraries": libraries("img2dataset", "pillow", "pyarrow"),
         }
 
+        statuses: Counter[str] = Counter()
+
+        def groups() -> Iterator[pa.Table]:
+            for start in range(0, len(rows), shards.ROWS_PER_GROUP):
+                some = rows[start : start + shards.ROWS_PER_GROUP]
+                complete = self._complete(some, earlier, came)
+                statuses.update(row["status"] for row in complete)
+                yield pa.Table.from_pylist(complete, schema=shards.IMAGES)
+
         def write(path: Path) -> int:
-            good = 0
-
-            def groups() -> Iterator[pa.Table]:
-                nonlocal good
-                for start in range(0, len(rows), shards.ROWS_PER_GROUP):
-                    some = rows[start : start + shards.ROWS_PER_GROUP]
-                    complete = self._complete(some, earlier, came)
-                    good += sum(row["status"] == "ok" for row in complete)
-                    yield pa.Table.from_pylist(complete, schema=shards.IMAGES)
-
             shards.write_shard(path, shards.IMAGES, groups(), made)
-            return good
+            return statuses["ok"]
 
         return self.store.commit(name, self.origins[name], self.plan.round, write)
 

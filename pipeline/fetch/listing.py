@@ -8,15 +8,14 @@ from typing import Any
 from pipeline.core.config import DownloadConfig
 from pipeline.core.provenance import digest, file_digest
 from pipeline.fetch.containers import contained_files
-from pipeline.fetch.forget import read_forgotten
+from pipeline.fetch.forget import Forgotten
 from pipeline.fetch.manifest_files import manifest_files
 
-LARGEST = (
-    1 << 26
-)  # bytes of a manifest's file up to which it is hashed; of a larger one the size counts
+# Bytes of a manifest's file up to which it is hashed; of a larger one the size counts.
+LARGEST = 1 << 26
 
 
-def listing(config: DownloadConfig) -> dict[str, Any]:
+def listing(config: DownloadConfig, forgotten: Forgotten) -> dict[str, Any]:
     """Digests of the manifest's files and of what must be forgotten, and how rows become lists.
 
     Neither names nor folders: the same in every clone. Raises PipelineError where a file is missing.
@@ -24,7 +23,6 @@ def listing(config: DownloadConfig) -> dict[str, Any]:
     files = contained_files(Path(config.manifest))
     if not files or any(file.suffix != ".tar" for file in files):  # no collection of tars
         files = manifest_files(Path(config.manifest))
-    forgotten = read_forgotten(Path(config.forget))
     return {
         "manifest": digest([_content(file) for file in files]),
         "forget": digest(sorted(forgotten.lines) + sorted(forgotten.sha256)),

@@ -100,14 +100,14 @@ def message(found: list[Outdated]) -> str:
 
 def _images(config: DownloadConfig, stamp: Stamp, data: Path, card: Path | None) -> Iterator[str]:
     yield from _differences("download", stamp.recipe.parameters, config.model_dump())
-    if Path(config.forget).is_file():
-        forgotten = read_forgotten(Path(config.forget))
-        if stamp.recipe.inputs.get("forgotten") != digest(sorted(forgotten.sha256)):
-            yield f"{config.forget} names other images"
-    listed = stamp.summary.get("listing")
-    if listed:
+    if not Path(config.forget).is_file():
+        return
+    forgotten = read_forgotten(Path(config.forget))
+    if stamp.recipe.inputs.get("forgotten") != digest(sorted(forgotten.sha256)):
+        yield f"{config.forget} names other images"
+    if listed := stamp.summary.get("listing"):
         with suppress(PipelineError):  # the manifest is not here
-            now = listing(config)
+            now = listing(config, forgotten)
             contents = {"manifest": config.manifest, "forget": config.forget}
             for name, file in contents.items():
                 if listed[name] != now.pop(name):
