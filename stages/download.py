@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from pipeline.cluster.parts import Share
 from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
@@ -20,7 +22,7 @@ from pipeline.core.plans import carry_out, publish, scratch_folder, store_of
 from pipeline.core.provenance import lock, stamp_of
 from pipeline.core.terminal import say
 from pipeline.data import shards
-from pipeline.fetch.forget import read_forgotten
+from pipeline.fetch.forget import Forgotten, read_forgotten
 from pipeline.fetch.image_shards import ImageShards, plan_images
 from pipeline.fetch.listing import listing
 from pipeline.fetch.manifest import write_lists
@@ -55,13 +57,17 @@ def download(
         check_urls(lists, config, partial(say, err=True))
         plan, listed = plan_images(config, lists, forgotten), listing(config, forgotten)
         if share is None and is_published(out, STAGE, plan.recipe) and listed == _listed(data):
-            return _require_images(_statuses(out.glob("*.parquet")))
+            paths = list(out.glob("*.parquet"))
+            _name_unmatched(config, forgotten, paths)
+            return _require_images(_statuses(paths))
         refuse_unexpected(out, STAGE)
         maker = ImageShards(config, plan, store, own / "lists", own, processes, threads, forgotten)
         entries = carry_out(plan, maker, store, data, share and share.of)
-        statuses = _statuses(map(store.path, entries.values()))
+        paths = [store.path(entry) for entry in entries.values()]
+        statuses = _statuses(paths)
         if share is not None:
             return statuses
+        _name_unmatched(config, forgotten, paths)
         publish(plan, store, data, entries, {"rows": statuses, "listing": listed})
     return _require_images(statuses)
 
@@ -76,6 +82,22 @@ def _statuses(paths: Iterable[Path]) -> dict[str, int]:
     for path in sorted(paths):
         counts.update(shards.read_shard(path, STAGE, ["status"])["status"].to_pylist())
     return dict(counts.most_common())
+
+
+def _name_unmatched(config: DownloadConfig, forgotten: Forgotten, paths: Iterable[Path]) -> None:
+    """Say which SHA-256 of the list of images to forget name no row of these shards; of its other
+    lines the manifest's rows tell."""
+    errors = set()
+    for path in paths if forgotten.sha256 else ():
+        table = shards.read_shard(path, STAGE, ["status", "error"])
+        gone = pc.equal(table["status"], "forgotten")
+        errors.update(table["error"].filter(gone).unique().to_pylist())
+    for digest in forgotten.unmatched(errors):
+        say(
+            f"{config.forget}: no image has bytes with the SHA-256 {digest}, which are to be "
+            "forgotten (one that could not be fetched, or that another line names, may have them).",
+            err=True,
+        )
 
 
 def _require_images(statuses: dict[str, int]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from PIL import Image
 from support import server as web
 from support import worlds
 
+from pipeline.cluster.parts import Share
 from pipeline.core.errors import PipelineError
 from pipeline.core.plans import store_of
 from pipeline.core.provenance import digest
@@ -522,6 +523,51 @@ def test_a_forgotten_image_leaves_no_byte_url_or_caption_and_the_rest_is_not_fet
     for row in gone:
         for secret in (row["jpg"], row["caption"].encode(), row["url"].encode()):
             assert not any(secret in content for content in held)
+
+
+def test_a_sha256_to_forget_that_no_image_has_is_said_and_one_that_names_an_image_is_not(
+    site, tmp_path, capsys
+):
+    """Over several shards, when nothing changed, and when all shards are made anew; who was
+    forgotten by bytes that were fetched is not asked for again, until the line goes."""
+    sent = [hashlib.sha256(worlds.picture(i)).hexdigest() for i in range(40)]
+    rows = [{"url": site.url(f"/{i}.png"), "sha256": sent[i] if i == 2 else ""} for i in range(8)]
+    forget = tmp_path / "forget.txt"
+
+    def forgetting(*numbers: int) -> tuple[dict, set[int], list[str]]:
+        """Rows by status, pictures that were said to be named in vain, what was asked for."""
+        forget.write_text("\n".join(sent[i] for i in numbers))
+        counts = run(tmp_path, rows, tmp_path, rows_per_shard=2, forget=str(forget))
+        notes = [line for line in capsys.readouterr().err.splitlines() if "forgotten (" in line]
+        named = {i for i in range(40) for line in notes if sent[i] in line}
+        assert len(notes) == len(named)
+        return counts, named, sorted(requested(site))
+
+    requested(site)
+    expected = {"ok": 6, "forgotten": 2}
+    asked = [f"/{i}.png" for i in range(8) if i != 2]  # whose bytes the manifest names
+    assert forgetting(1, 2, 20) == (expected, {20}, asked)
+    assert forgetting(1, 2, 20) == (expected, {20}, [])
+    assert forgetting(1, 2, 20, 21) == (expected, {20, 21}, [])
+    assert forgetting(2, 20) == ({"ok": 7, "forgotten": 1}, {20}, ["/1.png"])
+
+
+def test_what_forget_txt_names_in_vain_is_said_when_all_parts_are_there(
+    tmp_path, capsys, monkeypatch
+):
+    """A part knows its own shards alone, and says nothing of the others'."""
+    config, forget = local_world(tmp_path)
+    data, vain = tmp_path / "data", "cd" * 32
+    download(config, data, processes=1, threads=1)
+    stored = by_url(data)["file:4.jpg"]["sha256"]
+    forget.write_text(f"{stored}\n{vain}\n")
+    monkeypatch.setattr("pipeline.fetch.image_shards.fetch_lists", None)
+    for part in range(2):
+        download(config, data, processes=1, threads=1, share=Share(part, 2))
+    assert vain not in capsys.readouterr().err
+    assert download(config, data, processes=1, threads=1) == {"ok": 5, "forgotten": 1}
+    said = capsys.readouterr().err
+    assert said.count(vain) == 1 and stored not in said
 
 
 def test_a_disk_that_fills_while_images_arrive_is_named_as_such(disk, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from support import seeing, worlds
 
 from pipeline.data import shards
-from pipeline.fetch.forget import Forgotten, image_id, read_forgotten
+from pipeline.fetch.forget import FORGOTTEN, Forgotten, image_id, read_forgotten
 from pipeline.verify.forgotten import elsewhere, forgotten_findings
 from stages.download import download
 from stages.teacher_embed import teacher_embed
@@ -90,6 +90,18 @@ def test_what_was_forgotten_by_its_bytes_may_have_no_vector_either(tmp_path):
     vector = {"image_id": KEY, "embedding": np.eye(4, dtype=np.float16)[0]}
     seeing.write(tmp_path / "evaluation/index/00000.parquet", shards.index_schema(4), [vector])
     assert places(tmp_path, Forgotten()) == ["evaluation/index/00000.parquet"]
+
+
+def test_a_row_says_by_which_lines_its_bytes_are_forgotten_and_no_digest():
+    first, second, third = ("1a" * 32, "2b" * 32, "3c" * 32)
+    forgotten = Forgotten(sha256=frozenset({first, second, third}))
+    error = forgotten.reason(second, first)
+    assert error.endswith("by SHA-256 1a1a1a1a1a1a1a1a, 2b2b2b2b2b2b2b2b")
+    assert forgotten.reason("4d" * 32, None) is None
+    assert forgotten.unmatched([error, FORGOTTEN]) == [third]
+    assert forgotten.unmatched([]) == [first, second, third]
+    assert forgotten.still_names(error) and not forgotten.still_names(FORGOTTEN)
+    assert not Forgotten(sha256=frozenset({third})).still_names(error)
 
 
 def test_a_damaged_shard_is_passed_over(tmp_path, forgotten):

@@ -281,7 +281,7 @@ def test_a_manifest_of_a_million_equal_urls_stays_small_in_memory(tmp_path):
 # Forgetting
 
 
-def test_forgotten_rows_keep_their_ids_and_nothing_else(tmp_path):
+def test_forgotten_rows_keep_their_ids_and_the_digests_that_name_them(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"bytes")
     table = [
         {"url": url, "caption": f"of {url}", "label": "l", "license": "x", "sha256": digest}
@@ -300,8 +300,12 @@ def test_forgotten_rows_keep_their_ids_and_nothing_else(tmp_path):
     kept = {"row_id", "image_id", "occurrence", "forgotten"}
     gone = [row for row in found if row["forgotten"]]
     assert len(found) == 6 and len(gone) == 5
+    marks = {}
     for row in gone:
-        assert {name for name, value in row.items() if value not in (None, [])} == kept
+        left = {name for name, value in row.items() if value not in (None, [])}
+        marks |= {value: name for name in left - kept if (value := row[name])}
+        assert left - set(marks.values()) == kept
+    assert marks == {"ab" * 32: "sha256_expected", bytes_hash: "content"}  # by which lines
     assert [row["url"] for row in found if not row["forgotten"]] == ["http://stays"]
     assert sum("'http://nobody'" in note for note in said) == 1
 

@@ -6,13 +6,18 @@ ones, or the stored JPEG's); `#` begins a comment line.
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.core.provenance import read_text
 
 JUDGED = frozenset({"changed", "forgotten"})  # statuses of images whose bytes could be had
 FORGOTTEN = "the list of images to forget names it"
+OF_BYTES = f"{FORGOTTEN} by SHA-256 "  # then the first digits of each line, MARK hex digits
+MARK = 16
+VERSION = 1  # raise it when a row that is forgotten by its bytes says something else
 IMAGE_ID, SHA256 = r"[0-9a-f]{32}", r"[0-9a-f]{64}"
 
 
@@ -23,9 +28,31 @@ class Forgotten:
     lines: dict[str, str] = field(default_factory=dict)
     sha256: frozenset[str] = frozenset()
 
-    def covers(self, *digests: str | None) -> bool:
-        """Whether one of these SHA-256 is of forgotten bytes."""
-        return not self.sha256.isdisjoint(digests)
+    def reason(self, *digests: str | None) -> str | None:
+        """The `error` of a row with bytes of these SHA-256; None where nobody must forget them.
+
+        It holds the beginning of the lines that name them, for a digest of its own is all that the
+        row would have kept of its image.
+        """
+        marks = sorted({digest[:MARK] for digest in digests if digest in self.sha256})
+        return OF_BYTES + ", ".join(marks) if marks else None
+
+    def still_names(self, error: str) -> bool:
+        """Whether a line that once named a row by its bytes is there today."""
+        return not self._known_marks.isdisjoint(_marks(error))
+
+    def unmatched(self, errors: Iterable[str]) -> list[str]:
+        """The SHA-256 that name none of the forgotten rows, sorted; errors: of these rows."""
+        matched = set().union(*map(_marks, errors))
+        return sorted(digest for digest in self.sha256 if digest[:MARK] not in matched)
+
+    @cached_property
+    def _known_marks(self) -> frozenset[str]:
+        return frozenset(digest[:MARK] for digest in self.sha256)
+
+
+def _marks(error: str) -> set[str]:
+    return set(error.removeprefix(OF_BYTES).split(", ")) if error.startswith(OF_BYTES) else set()
 
 
 def judged(facts: dict, expected: str | None, forgotten: Forgotten, changed: str) -> dict:
@@ -34,8 +61,8 @@ def judged(facts: dict, expected: str | None, forgotten: Forgotten, changed: str
     expected: the SHA-256 that the manifest names; changed: `keep` or `refuse` other bytes. What is
     refused or forgotten has no bytes any more; of changed ones the SHA-256 stays, as evidence.
     """
-    if forgotten.covers(facts["sha256_original"], facts["sha256"]):
-        return dict.fromkeys(facts) | {"status": "forgotten", "error": FORGOTTEN}
+    if reason := forgotten.reason(facts["sha256_original"], facts["sha256"]):
+        return dict.fromkeys(facts) | {"status": "forgotten", "error": reason}
     if facts["status"] != "ok" or expected in (None, facts["sha256_original"]):
         return facts
     error = f"changed: the manifest names SHA-256 {expected}"

@@ -21,7 +21,7 @@ from pipeline.core.store import Store
 from pipeline.core.terminal import say
 from pipeline.data import shards
 from pipeline.data.earlier import EarlierRows
-from pipeline.fetch import decoding, manifest, policy, segmentation_masks
+from pipeline.fetch import decoding, forget, manifest, policy, segmentation_masks
 from pipeline.fetch.forget import FORGOTTEN, Forgotten, judged
 from pipeline.fetch.img2dataset import RETRYABLE, SIZE, FetchRules, fetch_lists, split_error
 from pipeline.fetch.journal import FetchedRow, FetchedRows
@@ -48,6 +48,8 @@ def plan_images(config: DownloadConfig, lists: list[Path], forgotten: Forgotten)
     """
     contents = {path.name: manifest.list_digest(path) for path in lists}
     versions = {"shards": shards.VERSION, "masks": segmentation_masks.VERSION}
+    if forgotten.sha256:
+        versions["forget"] = forget.VERSION
     judges = {"changed": config.changed, "forgotten": digest(sorted(forgotten.sha256))}
     decides = {"rules": _rules(config), "pixels": _pixels(config), "versions": versions} | judges
     return Plan(
@@ -120,7 +122,7 @@ class ImageShards:
 
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each shard as soon as it is finished and in the store, in no particular order."""
-        earlier = _EarlierImages(self.store, self.config)
+        earlier = _EarlierImages(self.store, self.config, self.forgotten)
         wanted, total, batches = self.scratch / "wanted", 0, {}
         wanted.mkdir()
         waiting: dict[str, list[dict]] = {}
@@ -223,8 +225,9 @@ class ImageShards:
 class _EarlierImages:
     """What shards of earlier runs say of images, where they were stored by the same rules."""
 
-    def __init__(self, store: Store, config: DownloadConfig):
+    def __init__(self, store: Store, config: DownloadConfig, forgotten: Forgotten):
         self.config, self.rules, self.round = config, _rules(config), config.round
+        self.forgotten = forgotten
         files = {}
         newest_first = sorted(store.entries(), key=lambda e: (-e.round, -store.time(e)))
         for entry in filter(store.sound, newest_first):
@@ -246,7 +249,7 @@ class _EarlierImages:
             for facts in table.to_pylist():
                 key = facts.pop("image_id")
                 better = key not in known or (facts["status"] == "ok" != known[key]["status"])
-                if facts["attempts"] and better and self._still_true(asked[key], facts, made):
+                if better and self._still_true(asked[key], facts, made):
                     known[key] = self._judged(facts) if facts["status"] == "ok" else facts
         return known
 
@@ -263,6 +266,10 @@ class _EarlierImages:
         return NO_IMAGE | {"status": "too_large", "error": reason, "attempts": facts["attempts"]}
 
     def _still_true(self, row: dict, facts: dict, made: dict) -> bool:
+        if facts["status"] == "forgotten":  # nobody asks a host again for what may not be kept
+            return row["content"] is None and self.forgotten.still_names(facts["error"])
+        if not facts["attempts"]:
+            return False
         if facts["status"] == "ok":
             local = row["url"][:5].lower() == "file:"
             return not local or row["content"] == facts["sha256_original"]
@@ -327,7 +334,8 @@ def _facts(row: FetchedRow | None) -> dict:
 
 def _row(row: dict, known: dict[str, dict], config: DownloadConfig, forgotten: Forgotten) -> dict:
     if row["forgotten"]:
-        facts = NO_IMAGE | {"status": "forgotten", "error": FORGOTTEN}
+        by_bytes = forgotten.reason(row["content"], row["sha256_expected"])
+        facts = NO_IMAGE | {"status": "forgotten", "error": by_bytes or FORGOTTEN}
     elif not row["url"].strip():
         facts = NO_IMAGE | {"status": "empty_url", "error": "the manifest row has no url"}
     elif row["occurrence"]:

@@ -65,7 +65,8 @@ def write_lists(
 
     A list's columns: row_id, image_id, url, caption, captions, label, license, boxes, mask,
     sha256_expected, occurrence (0 for the first row with its url), content and mask_content
-    (SHA-256 of a local file of at most max_bytes, else null), forgotten (such a row has nothing but its ids);
+    (SHA-256 of a local file of at most max_bytes, else null), forgotten (such a row has nothing but
+    its ids, and those SHA-256 by which it must be forgotten);
     sorted by image_id and occurrence. columns: see `open_manifest`. say: is told, in a sentence
     each, what a reader of the manifest may not expect. Memory stays flat: DuckDB spills to folder.
 
@@ -282,8 +283,10 @@ SELECT substr(sha256(url || chr(10) || occurrence), 1, 32) AS row_id, listed.ima
        CASE WHEN NOT forgotten THEN license END AS license,
        CASE WHEN NOT forgotten THEN areas[1:{most}] END AS boxes,
        CASE WHEN NOT forgotten THEN mask END AS mask,
-       CASE WHEN NOT forgotten THEN sha256_expected END AS sha256_expected, occurrence,
-       CASE WHEN NOT forgotten AND occurrence = 0 THEN content END AS content,
+       CASE WHEN NOT forgotten OR sha256_expected IN (SELECT sha256 FROM forgotten_bytes)
+            THEN sha256_expected END AS sha256_expected, occurrence,
+       CASE WHEN occurrence = 0 AND (NOT forgotten OR content IN (SELECT sha256 FROM forgotten_bytes))
+            THEN content END AS content,
        CASE WHEN NOT forgotten AND occurrence = 0 THEN mask_content END AS mask_content, forgotten,
        len(texts) > {most} OR coalesce(len(areas), 0) > {most} AS cut,
        CAST(CASE WHEN hash % (2 * {half}) < {buckets} THEN hash % (2 * {half})
