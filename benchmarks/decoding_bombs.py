@@ -2,34 +2,34 @@
 
 Run:   python benchmarks/decoding_bombs.py [--child]
 Shows: a table of outcome, peak memory and time of each bomb, each in a fresh child; then (or, with
-       --child, only) the processor time of good images in the child against in this process, in
-       turns, beside all else that a download does to an image: medians, quartiles of the ratio.
+       --child, only) the processor time of whole downloads over loopback that decode in the child
+       against downloads that decode in img2dataset's own worker, in turns.
 """
 
-import hashlib
+import ctypes
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import Request
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import bombs, worlds  # noqa: E402
 
-from pipeline.fetch.decoding import canonical_jpeg  # noqa: E402
 from pipeline.fetch.decoding_process import _ENVIRONMENT, Decoder  # noqa: E402
-from pipeline.fetch.http import HttpClient  # noqa: E402
-from pipeline.fetch.journal import JournalWriter  # noqa: E402
-from pipeline.fetch.policy import FetchError, FetchRules  # noqa: E402
+from pipeline.fetch.policy import FetchError  # noqa: E402
+from stages.download import download  # noqa: E402
 
 MAX_PIXELS, SIDE = 50_000_000, 7071
 LIMITS = 256, 95, MAX_PIXELS
@@ -62,9 +62,39 @@ def explode(data: bytes) -> tuple[str, int, float]:
     return outcome, peak, seconds
 
 
+# What the child costs a download
+
+
+_WITHOUT_THE_CHILD = """
+import functools, pipeline.fetch.decoding_process as module
+from pipeline.fetch.decoding import canonical_jpeg
+
+class Here:
+    def __init__(self, *limits):
+        self.limits = limits
+
+    def canonical_jpeg(self, data):
+        return canonical_jpeg(data, *self.limits)
+
+module.Decoder = Here
+"""
+
+
 @contextmanager
-def served(files: list[bytes]) -> Iterator[list[str]]:
-    """URLs of files on loopback, from a server in a process of its own."""
+def decoding_here(folder: Path) -> Iterator[None]:
+    """While it lasts, new processes decode in themselves: by a sitecustomize that they import."""
+    (folder / "sitecustomize.py").write_text(_WITHOUT_THE_CHILD)
+    kept = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(ROOT), kept])
+    try:
+        yield
+    finally:
+        os.environ["PYTHONPATH"] = kept
+
+
+@contextmanager
+def served(files: list[bytes]) -> Iterator[str]:
+    """The address of files on loopback, from a server in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         for i, data in enumerate(files):
             (Path(folder) / f"{i}.jpg").write_bytes(data)
@@ -75,42 +105,66 @@ def served(files: list[bytes]) -> Iterator[list[str]]:
         )  # fmt: skip
         try:
             port = re.search(r"port (\d+)", server.stdout.readline())[1]
-            yield [f"http://127.0.0.1:{port}/{i}.jpg" for i in range(len(files))]
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.kill()
             server.wait()
 
 
-def rules() -> FetchRules:
-    return FetchRules(
-        timeout_s=30.0, max_bytes=33_554_432, max_pixels=MAX_PIXELS, max_redirects=3, retries=0,
-        allow=("127.0.0.1",), root=None, respect_robots=True, per_host=8, image_size=256, quality=95,
-    )  # fmt: skip
+def cost_of_a_download(address: str, files: int, urls: int) -> float:
+    """Seconds of processor that one download of so many URLs takes, all its processes added up."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = [f"{address}/{i % files}.jpg?{i}" for i in range(urls)]
+        pq.write_table(pa.table({"url": lines}), folder / "list.parquet")
+        config = worlds.download_config(
+            folder / "list.parquet", folder, rows_per_shard=urls, image_size=LIMITS[0], per_host=32,
+            timeout=10.0, max_bytes=33_554_432, max_pixels=MAX_PIXELS, allow=["127.0.0.1"],
+        )  # fmt: skip
+        before, others = processor_seconds(), psutil.Process().children()
+        download(config, folder / "data", processes=1, threads=16)
+        orphans = set(psutil.Process().children()) - set(others)
+        psutil.wait_procs(orphans, timeout=10)  # the decoding process ends with its parent
+        seconds = processor_seconds() - before
+        status = pq.read_table(folder / "data/images", columns=["status"])["status"]
+        assert status.to_pylist() == ["ok"] * urls
+    return seconds
 
 
-def cost_of_the_child(width: int, height: int, count: int = 300) -> np.ndarray:
-    """(count, 3) ms of processor: one image decoded here, by way of the child, and all the rest
-    that a download does to it (fetching, hashing, the journal). In turns, after 20 to get warm."""
-    files = [worlds.picture(i, width, height, "JPEG", quality=92) for i in range(20)]
-    decoder, client, taken = Decoder(*LIMITS), HttpClient(rules()), []
-    decoder.canonical_jpeg(files[0])
-    with served(files) as urls, tempfile.TemporaryDirectory() as folder:
-        journal = JournalWriter(0, folder, False, 5, None, "jpg")
-        for i in range(count + 20):
-            data, times = files[i % 20], [time.process_time()]
-            jpg = canonical_jpeg(data, *LIMITS)[0]
-            times.append(time.process_time())
-            before, start = seconds_of(decoder), time.process_time()
-            decoder.canonical_jpeg(data)
-            way = time.process_time() - start
-            there, start = way + seconds_of(decoder) - before, time.process_time()
-            body = client.open(Request(urls[i % 20])).read()
-            meta = {"image_id": str(i), "sha256": hashlib.sha256(body).hexdigest()}
-            journal.write(jpg, None, None, meta)
-            taken.append((times[1] - times[0], there, time.process_time() - start))
-        journal.close()
-    decoder.close()
-    return 1000 * np.array(taken[20:])
+def processor_seconds() -> float:
+    """Of this process and of all below it that have ended and were waited for."""
+    sums = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(used.ru_utime + used.ru_stime for used in sums)
+
+
+def adopt_orphans() -> None:
+    """Processes below us whose parent ends become ours, so that their time is counted (prctl(2))."""
+    set_child_subreaper = 36
+    assert ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+
+
+def tell_child(urls: int = 2000, rounds: int = 7) -> None:
+    adopt_orphans()
+    os.environ.update(_ENVIRONMENT)  # the child's settings of memory, for both sides
+    print(
+        "| image | ms an image, decoded in the worker | in the child | ratio: median, all rounds |"
+    )
+    print("| --- | --- | --- | --- |")
+    for width, height in [(224, 224), (480, 360), (1600, 1200)]:
+        files = [worlds.picture(i, width, height, "JPEG", quality=92) for i in range(20)]
+        here, there = [], []
+        with served(files) as address, tempfile.TemporaryDirectory() as folder:
+            for _ in range(rounds):
+                with decoding_here(Path(folder)):
+                    here.append(cost_of_a_download(address, len(files), urls))
+                there.append(cost_of_a_download(address, len(files), urls))
+        ratios = np.divide(there, here)
+        print(
+            f"| {width} x {height} px | {1000 * np.median(here) / urls:.2f} | "
+            f"{1000 * np.median(there) / urls:.2f} | {np.median(ratios):.3f}: "
+            f"{', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))} |",
+            flush=True,
+        )
 
 
 def tell_bombs() -> None:
@@ -123,20 +177,9 @@ def tell_bombs() -> None:
 
 
 def main() -> None:
-    if (
-        not _ENVIRONMENT.items() <= os.environ.items()
-    ):  # the child's memory settings, for both sides
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _ENVIRONMENT)
     if "--child" not in sys.argv:
         tell_bombs()
-    for size in [(224, 224), (480, 360), (1600, 1200)]:
-        here, there, rest = cost_of_the_child(*size).T
-        share = np.quantile((there + rest) / (here + rest), [0.25, 0.5, 0.75])
-        print(
-            f"{size}: decoding here {np.median(here):.2f} ms, in the child {np.median(there):.2f} ms, the "
-            f"rest {np.median(rest):.2f} ms; whole image, child against here: {share.round(3)}",
-            flush=True,
-        )
+    tell_child()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from support import worlds
-from test_model_folder import ALONE, readme_block
+from support.readme import ALONE, readme_block
 
 from pipeline.core.presets.settings import set_values
 from pipeline.models.open_clip import open_clip

@@ -17,19 +17,14 @@ import pytest
 from PIL import Image
 from support import bombs, worlds
 from support import server as web
+from support.fetching import picture, rules
 
 from pipeline.core.errors import PipelineError
 from pipeline.fetch import img2dataset
-from pipeline.fetch.img2dataset import RETRYABLE, TRIES, FetchRules, fetch_lists, split_error
+from pipeline.fetch.img2dataset import RETRYABLE, TRIES, fetch_lists, split_error
 from pipeline.fetch.journal import FetchedRows, JournalWriter
 
 SECRET = b"\x89PNG secret bytes below nobody's root"
-
-
-def picture(width: int, height: int, kind: str = "JPEG") -> bytes:
-    file = io.BytesIO()
-    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, kind)
-    return file.getvalue()
 
 
 def archive() -> bytes:
@@ -37,26 +32,6 @@ def archive() -> bytes:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("picture.jpg", picture(8, 8))
     return file.getvalue()
-
-
-def rules(**changes) -> FetchRules:
-    return FetchRules(
-        **dict(
-            timeout_s=2.0,
-            max_bytes=300_000,
-            max_pixels=2_000_000,
-            max_redirects=3,
-            retries=0,
-            allow=("127.0.0.0/8", "localhost"),
-            root=None,
-            user_agent="extrahead/0 (+img2dataset; test)",
-            respect_robots=True,
-            per_host=16,
-            image_size=64,
-            quality=90,
-        )
-        | changes
-    )
 
 
 def write_list(path: Path, urls: list[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.memory import held
-from test_published import checkpoint_of, small_student
+from support.published import checkpoint_of, small_student
 
 from pipeline.core.config import StudentConfig
 from pipeline.core.errors import PipelineError

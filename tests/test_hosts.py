@@ -7,8 +7,7 @@ from urllib.request import Request
 import pytest
 from support import bombs
 from support import server as web
-from test_fetch import picture, rules
-from test_policy import client, why_not
+from support.fetching import client, picture, rules, why_not
 
 from pipeline.fetch import hosts, img2dataset_child
 from pipeline.fetch.hosts import BUDGET, EARNED, QUICK_FAILURE, Hosts

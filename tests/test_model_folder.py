@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.readme import ALONE, readme_block
 
 from pipeline.core.errors import PipelineError
 from pipeline.explore import model_folder
@@ -129,23 +130,6 @@ def test_immichs_service_gets_the_teachers_texts_and_the_students_images(
         ours = queries.image(small_world.root / name).student
         theirs = service.image(Image.open(small_world.root / name).convert("RGB"))
         assert float(theirs @ ours) > 0.99 and abs(np.linalg.norm(theirs) - 1) < 1e-5
-
-
-def readme_block() -> str:
-    (block,) = re.findall(r"```python\n(# search.py.*?)```", README, re.DOTALL)
-    return block
-
-
-ALONE = """
-import sys
-allowed = {"numpy", "PIL", "onnxruntime", "tokenizers"} | set(sys.stdlib_module_names)
-class Closed:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in allowed:
-            raise ImportError(f"{name} is not one of the four packages")
-sys.meta_path.insert(0, Closed())
-exec(compile(sys.stdin.read(), "search.py", "exec"))
-"""
 
 
 @pytest.mark.parametrize("text", ["a red circle", "something that nobody stored"])

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import server as web
+from support.fetching import client, get, why_not
 
 from pipeline.fetch import http as opener_module
 from pipeline.fetch.http import HttpClient, retry_after
 from pipeline.fetch.policy import (
     RETRYABLE,
     FetchError,
-    FetchRules,
     is_allowed,
     is_own,
     is_public,
@@ -41,39 +41,6 @@ from pipeline.fetch.robots import (
 )
 
 US = frozenset({"extrahead", "img2dataset"})
-
-
-def client(**changes) -> HttpClient:
-    return HttpClient(
-        FetchRules(
-            **dict(
-                timeout_s=2.0,
-                max_bytes=100_000,
-                max_pixels=1_000_000,
-                max_redirects=3,
-                retries=0,
-                allow=("127.0.0.1",),
-                root=None,
-                user_agent="extrahead/0 (+img2dataset; test)",
-                respect_robots=False,
-                per_host=8,
-                image_size=64,
-                quality=90,
-            )
-            | changes
-        )
-    )
-
-
-def get(url: str, **changes) -> bytes:
-    return client(**changes).open(Request(url)).read()
-
-
-def why_not(url: str, **changes) -> str:
-    """The status with which a fetch fails."""
-    with pytest.raises(FetchError) as caught:
-        get(url, **changes)
-    return caught.value.status
 
 
 @pytest.mark.parametrize(

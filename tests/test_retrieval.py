@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from support import stored
-from test_metrics import unit
+from support.vectors import unit
 
 from pipeline.data.embeddings import split_vectors, training_vectors
 from pipeline.evaluation.metrics import mean_interval
