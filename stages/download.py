@@ -90,8 +90,8 @@ def _name_unmatched(config: DownloadConfig, forgotten: Forgotten, paths: Iterabl
     errors = set()
     for path in paths if forgotten.sha256 else ():
         table = shards.read_shard(path, STAGE, ["status", "error"])
-        gone = pc.equal(table["status"], "forgotten")
-        errors.update(table["error"].filter(gone).unique().to_pylist())
+        gone = table.filter(pc.field("status") == "forgotten")
+        errors.update(gone["error"].unique().to_pylist())
     for digest in forgotten.unmatched(errors):
         say(
             f"{config.forget}: no image has bytes with the SHA-256 {digest}, which are to be "

@@ -62,17 +62,17 @@ def metrics_text(metrics: dict) -> str:
 
 def cautions(metrics: dict) -> list[str]:
     """Sentences on what of an evaluation's metrics means little or nothing, and why."""
-    found = []
+    warnings = []
     if (count := metrics.get("images", FEW)) < FEW:
-        found.append(
+        warnings.append(
             f"{count} held-out images are few: the intervals are wide, and a search among {count} is "
             "easy. Raise select.test, or add images."
         )
     zero_shot = metrics.get("zero_shot", {})
     if zero_shot.get("classes") == 1:
-        found.append("all labels are one, so that every answer of zero_shot is right.")
+        warnings.append("all labels are one, so that every answer of zero_shot is right.")
     elif alike := zero_shot.get("alike"):
-        found.append(
+        warnings.append(
             f"the teacher embeds {alike} of {zero_shot['classes']} classes like another one (cosine 1), "
             f"such as {zero_shot['alike_classes']}: it cannot tell them apart, nor can zero_shot."
         )
@@ -82,11 +82,11 @@ def cautions(metrics: dict) -> list[str]:
             continue
         floor, ceiling = metric.get("floor"), metric.get("ceiling")
         if floor is not None and ceiling is not None and ceiling - floor < APART:
-            found.append(
+            warnings.append(
                 f"{words!r}: the ceiling is {ceiling:.3f} and the floor {floor:.3f}, so that the value "
                 "says nothing of the student."
             )
-    return found
+    return warnings
 
 
 def titled_metrics(measured: Evaluation) -> list[tuple[str, Metric]]:

@@ -147,9 +147,9 @@ class HttpClient:
             limit = self.rules.max_bytes
             if (response.length or 0) > limit or len(body := _read(response, limit)) > limit:
                 raise FetchError("too_large", f"more than {limit} bytes")
-        found = Body(body)
-        found.host = host
-        return found
+        whole = Body(body)
+        whole.host = host
+        return whole
 
     @contextmanager
     def _following(
@@ -298,7 +298,7 @@ def _resolve(host: str, port: int, clock: _Clock) -> list[tuple]:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    return [(found[0], found[4]) for found in answer.result(clock.left())]
+    return [(family, address) for family, *_, address in answer.result(clock.left())]
 
 
 def _read(response: http.client.HTTPResponse, limit: int) -> bytes:

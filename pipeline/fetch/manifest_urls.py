@@ -25,8 +25,8 @@ def check_urls(lists: list[Path], config: DownloadConfig, say: Callable[[str], o
     root and there is no other.
     """
     manifest, root = config.manifest, Path(config.root)
-    found = duckdb.connect().execute(_KINDS, [list(map(str, lists))]).fetchall()
-    kinds = {kind: rest for kind, *rest in found}
+    counts = duckdb.connect().execute(_KINDS, [list(map(str, lists))]).fetchall()
+    kinds = {kind: rest for kind, *rest in counts}
     bare, first, _ = kinds.get("bare", (0, "", 0))
     meant = (
         f"write `file:{first}` for an image below download.root ({root}), or all of `https://...`"

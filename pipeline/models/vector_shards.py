@@ -148,18 +148,18 @@ class VectorShards:
         """As `_drift`, of the shard's first good images."""
         if self.config.dtype == "float32":
             return {}
-        teacher, found = self.teacher, []
+        teacher, inputs = self.teacher, []
         for table in shards.row_groups(shard, "download", ["status", "jpg", "width", "height"]):
             for row in table.to_pylist():
-                if row["status"] == "ok" and len(found) < PROBE:
+                if row["status"] == "ok" and len(inputs) < PROBE:
                     size = row["width"], row["height"]
                     resize_mode = teacher.preprocessing.resize_mode
                     box = views.canonical_view(*size, resize_mode, teacher.image_size).box
                     image = pixels.decode(row["jpg"])
-                    found.append(views.view_pixels(image, box, False, teacher.image_size))
-            if len(found) == PROBE:
+                    inputs.append(views.view_pixels(image, box, False, teacher.image_size))
+            if len(inputs) == PROBE:
                 break
-        return self._drift("image", np.stack(found) if found else [])
+        return self._drift("image", np.stack(inputs) if inputs else [])
 
     def _drift(self, tower: str, inputs: Any) -> dict:
         """The least cosine of a tower's vectors of these inputs to float32's; nothing in float32.

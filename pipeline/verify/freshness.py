@@ -58,43 +58,43 @@ def changed_parameters(
     card: a teacher card that is used in place of the parameters' one. Folders without a stamp that
     reads are passed over. Raises PipelineError for a wrong parameter file.
     """
-    found = []
+    older = []
     for folder, stamp in _stamps(data, folders).items():
         config = load_section(params, BY_FOLDER[folder].name)
         if changes := tuple(_CHANGES[folder](config, stamp, data, card)):
-            found.append(Outdated(folder, stamp.stage, changes))
-    return found
+            older.append(Outdated(folder, stamp.stage, changes))
+    return older
 
 
 def outdated(
     params: Path, data: Path, folders: Iterable[str] = FOLDERS, card: Path | None = None
 ) -> list[Outdated]:
     """The same, and folders that were not made from what lies beside them now."""
-    changed = {found.folder: found for found in changed_parameters(params, data, folders, card)}
-    found, stamps = [], _stamps(data, folders)
+    changed = {one.folder: one for one in changed_parameters(params, data, folders, card)}
+    older, stamps = [], _stamps(data, folders)
     for folder, stamp in stamps.items():
         others = outdated_inputs(stamp, stamps)
         changes = changed[folder].changes if folder in changed else ()
         if others:
             changes = (*changes, f"it was made from other {' and '.join(others)}")
         if changes:
-            found.append(Outdated(folder, stamp.stage, changes))
-    return found
+            older.append(Outdated(folder, stamp.stage, changes))
+    return older
 
 
 def _stamps(data: Path, folders: Iterable[str]) -> dict[str, Stamp]:
     """Of the finished folders; of what is missing or damaged other messages tell."""
-    found = {}
+    stamps = {}
     for folder in folders:
         with suppress(PipelineError):
-            found[folder] = stamp_of(data, folder)
-    return found
+            stamps[folder] = stamp_of(data, folder)
+    return stamps
 
 
-def message(found: list[Outdated]) -> str:
+def message(older: list[Outdated]) -> str:
     """One line: what is out of date, and which commands mend it."""
-    said = ". ".join(one.found for one in found)
-    commands = " && ".join(dict.fromkeys(f"pipeline {command(one.stage)}" for one in found))
+    said = ". ".join(one.found for one in older)
+    commands = " && ".join(dict.fromkeys(f"pipeline {command(one.stage)}" for one in older))
     return f"{said}. Run `dvc repro`, or `{commands}`."
 
 
