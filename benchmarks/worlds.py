@@ -1,6 +1,7 @@
 """What the benchmarks share: drawn photos, data/ folders made of them, a full-size teacher."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,13 @@ def write_images(path: Path, jpgs: list[bytes], first: int = 0) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "jpg"} for row in rows]
 
 
-def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: int) -> None:
-    """images, teacher (random vectors; view 0 is a random crop) and selection (all for training)."""
+def write_data(
+    data: Path, jpgs: list[bytes], embedding_size: int, per_shard: int, captions: int = 0
+) -> None:
+    """images, teacher (random vectors; view 0 is a random crop) and selection (all for training).
+
+    captions: of each image, whose vectors are random too.
+    """
     rng = np.random.default_rng(0)
     everything = []
     for shard, start in enumerate(range(0, len(jpgs), per_shard)):
@@ -85,12 +91,32 @@ def write_data(data: Path, jpgs: list[bytes], embedding_size: int, per_shard: in
         schema = shards.teacher_schema(embedding_size)
         (data / "teacher/images").mkdir(parents=True, exist_ok=True)
         shards.write_shard(data / "teacher/images" / name, schema, shards.in_groups(table), {})
+        if captions:
+            write_texts(data / "teacher/texts" / name, rows, embedding_size, captions)
         everything += [
             {"image_id": row["image_id"], "split": "train", "keep": True} for row in rows
         ]
     (data / "selection").mkdir()
     table = pa.Table.from_pylist(everything, schema=shards.SELECTION)
     shards.write_shard(data / "selection/selection.parquet", shards.SELECTION, [table], {})
+
+
+def write_texts(path: Path, rows: list[dict], embedding_size: int, captions: int) -> None:
+    """Captions of one image shard, a row group beside each of its own."""
+    rng = np.random.default_rng(1)
+
+    def groups() -> Iterator[pa.Table]:
+        for start in range(0, len(rows), shards.ROWS_PER_GROUP):
+            ids = [row["image_id"] for row in rows[start : start + shards.ROWS_PER_GROUP]]
+            ids = [key for key in ids for _ in range(captions)]
+            vectors = rng.normal(size=(len(ids), embedding_size)).astype(np.float32)
+            names = [f"{n}{key}" for n, key in enumerate(ids)]
+            embedding = shards.embedding_column(shards.to_float16(vectors))
+            columns = {"text_id": names, "image_id": ids, "text": names, "embedding": embedding}
+            yield pa.table(columns)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shards.write_shard(path, shards.texts_schema(embedding_size), groups(), {})
 
 
 def full_size_card(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from pipeline.core.provenance import (
 from pipeline.core.records import Evaluation, MeasuredCheckpoint, MetricGroup, Recipe
 from pipeline.core.work import Work
 from pipeline.data import shards
-from pipeline.data.embeddings import split_vectors, training_mean
+from pipeline.data.embeddings import indexed_vectors, split_vectors, training_mean
 from pipeline.data.runs import append_run
 from pipeline.data.texts import read_templates
 from pipeline.evaluation import metrics
@@ -39,6 +39,7 @@ from pipeline.evaluation.box_search import box_search_metrics
 from pipeline.evaluation.grounding import pointing_metrics
 from pipeline.evaluation.retrieval import (
     DEPTHS,
+    gallery,
     image_retrieval,
     near_training_images,
     text_retrieval,
@@ -54,7 +55,7 @@ from pipeline.training.batches import held_out_batches
 from pipeline.training.dataset import Dataset
 
 STAGE = "evaluate"
-VERSION = 5  # raise it when a figure is computed in another way
+VERSION = 6  # raise it when a figure is computed in another way
 METRICS, RETRIEVAL = "metrics.json", "retrieval.csv"
 
 
@@ -159,31 +160,26 @@ def _measured(
     work: Work, config: EvaluateConfig, data: Path, student: Student, workers: int
 ) -> Evaluation:
     ids, teacher = split_vectors(data, config.split)
-    index = {}
-    for path in sorted((work.folder / "index").glob("*.parquet")):
-        table = shards.read_shard(path, "evaluate")
-        vectors = shards.embedding_matrix(table["embedding"])
-        index |= zip(table["image_id"].to_pylist(), vectors, strict=True)
-    lost = [key for key in ids if key not in index]
-    kept = [i for i, key in enumerate(ids) if key in index]
-    ids, teacher = [ids[i] for i in kept], teacher[kept]
-    if not ids:
+    embeddings, known = indexed_vectors(work.folder / "index", ids)
+    if not known.any():
         raise PipelineError(
-            f"none of the {len(lost)} images of the split {config.split} decodes: data/images is "
+            f"none of the {len(ids)} images of the split {config.split} decodes: data/images is "
             "damaged. Delete it and run `pipeline download`."
         )
-    embeddings = np.stack([index[key] for key in ids])
+    ids = [key for key, decoded in zip(ids, known, strict=True) if decoded]
+    embeddings, teacher = embeddings[known], teacher[known]
+    some = gallery(len(ids))
     templates = work.recipe.parameters["templates"]
     checkpoint = read_card(data / "student").provenance.get("checkpoint")
     return Evaluation(
         checkpoint=MeasuredCheckpoint.model_validate(checkpoint) if checkpoint else None,
         split=config.split,
         images=len(ids),
-        undecodable=len(lost),
+        undecodable=int((~known).sum()),
         near_training=near_training_images(data, teacher),
         fidelity=metrics.fidelity(embeddings, teacher, training_mean(data)),
-        student_to_teacher=image_retrieval(embeddings, teacher),
-        text_to_image=text_retrieval(data, ids, embeddings, teacher),
+        student_to_teacher=image_retrieval(embeddings[some], teacher[some]),
+        text_to_image=text_retrieval(data, [ids[i] for i in some], embeddings[some], teacher[some]),
         box_search=box_search_metrics(data, work.folder / "index"),
         pointing=pointing_metrics(data, config.split, student, config.batch, workers),
         zero_shot=zero_shot_metrics(data, ids, embeddings, teacher, templates),

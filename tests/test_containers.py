@@ -5,12 +5,14 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support import server as web
 from support import worlds
 
 from pipeline.core.errors import PipelineError
@@ -19,6 +21,7 @@ from pipeline.fetch import containers
 from pipeline.fetch.manifest import write_lists
 from pipeline.fetch.policy import FetchError, read_local
 from stages.download import download
+from stages.teacher_embed import teacher_embed
 
 LIMIT = 1 << 20
 PHOTOS = [worlds.picture(i, kind="JPEG") for i in range(5)]
@@ -65,14 +68,14 @@ def hugging_face(folder: Path) -> Path:
     return folder
 
 
-def img2dataset_output(folder: Path) -> Path:
+def img2dataset_output(folder: Path, host: str = "http://host") -> Path:
     """Its folders of files: records in Parquet, images beside them, one of which failed."""
     (folder / "00000").mkdir(parents=True)
     keys = ["000000000", "000000001", "000000002"]
     for key, photo in zip(keys[:2], PHOTOS, strict=False):
         (folder / f"00000/{key}.jpg").write_bytes(photo)
     table = {
-        "url": ["http://a", "http://b", "http://c"], "caption": ["x", "y", "z"], "key": keys,
+        "url": [f"{host}/{key}.jpg" for key in keys], "caption": ["x", "y", "z"], "key": keys,
         "status": ["success", "success", "failed_to_download"], "sha256": ["ab" * 32] * 3,
     }  # fmt: skip
     pq.write_table(pa.table(table), folder / "00000.parquet")
@@ -117,16 +120,29 @@ def test_parquet_of_img2dataset_is_a_list_of_its_images(tmp_path):
 
 
 @pytest.mark.parametrize("make", [webdataset, hugging_face, img2dataset_output])
-def test_images_that_somebody_has_become_shards_without_a_request(make, tmp_path):
-    """Every row accounted for: what has no bytes is a row that says so."""
-    make(tmp_path / "theirs")
-    config = worlds.download_config(tmp_path / "theirs", tmp_path, allow=[])
-    counts = download(config, tmp_path / "data", processes=1, threads=2)
+def test_images_that_somebody_has_are_stored_and_embedded_without_a_request(
+    make, tiny_teacher, tmp_path
+):
+    """Every row accounted for: what has no bytes is a row that says so. The host that img2dataset's
+    records name would answer, and is not asked."""
+    data, prompts = tmp_path / "data", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
     good = 3 if make is webdataset else 2
+    with web.serve({f"/{i:09}.jpg": photo for i, photo in enumerate(PHOTOS)}) as server:
+        host = (server.url(""),) if make is img2dataset_output else ()
+        make(tmp_path / "theirs", *host)
+        config = worlds.download_config(tmp_path / "theirs", tmp_path)
+        counts = download(config, data, processes=1, threads=2)
+        teacher_embed(worlds.teacher_config(tiny_teacher, prompts), data, device="cpu", workers=1)
+        assert server.requests == []
     assert counts == {"ok": 3} if good == 3 else counts == {"ok": 2, "not_found": 1}
-    table = shards.read_shard(tmp_path / "data/images/00000.parquet", "download")
-    stored = {row["sha256_original"] for row in table.to_pylist() if row["status"] == "ok"}
-    assert stored == {hashlib.sha256(photo).hexdigest() for photo in PHOTOS[:good]}
+    rows = shards.read_shard(data / "images/00000.parquet", "download").to_pylist()
+    stored = {row["sha256_original"]: row for row in rows if row["status"] == "ok"}
+    assert stored.keys() == {hashlib.sha256(photo).hexdigest() for photo in PHOTOS[:good]}
+    vectors = shards.read_shard(data / "teacher/images/00000.parquet", "teacher_embed").to_pylist()
+    assert Counter(row["image_id"] for row in vectors) == {
+        row["image_id"]: 2 for row in stored.values()
+    }
 
 
 # Refusals

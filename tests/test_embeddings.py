@@ -3,10 +3,15 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support import stored
+from support import seeing, stored
 
-from pipeline.data import database
-from pipeline.data.embeddings import caption_similarities, split_vectors, training_mean
+from pipeline.data import database, shards
+from pipeline.data.embeddings import (
+    caption_similarities,
+    indexed_vectors,
+    split_vectors,
+    training_mean,
+)
 
 SIMILARITY = """
 SELECT image_id, max(list_cosine_similarity(teacher.embedding, texts.embedding))
@@ -43,6 +48,21 @@ def test_a_splits_vectors_and_the_mean_are_those_of_one_sorted_query(data):
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
         if split == "train":
             np.testing.assert_allclose(training_mean(data), expected.mean(axis=0), atol=1e-6)
+
+
+def test_of_an_index_only_the_vectors_that_are_asked_for_are_taken(tmp_path):
+    """Whatever its shards and row groups; what it does not hold is said."""
+    vectors = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float16)
+    rows = [{"image_id": f"{i:032x}", "embedding": v} for i, v in enumerate(vectors)]
+    for shard, groups in enumerate([[rows[6:], rows[:2]], [rows[2:6]], []]):
+        seeing.write(tmp_path / f"{shard:05}.parquet", shards.index_schema(4), *groups)
+    ids = [f"{i:032x}" for i in (1, 4, 7, 10, 12)]
+    found, known = indexed_vectors(tmp_path, ids)
+    assert known.tolist() == [True, True, True, False, False]
+    expected = vectors[[1, 4, 7]].astype(np.float32)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[:3], expected, atol=1e-6)
+    assert not indexed_vectors(tmp_path, ids[3:])[1].any()
 
 
 def test_captions_lie_in_row_groups_beside_their_images(data):

@@ -123,15 +123,19 @@ def test_dvcs_cache_and_each_remote_are_named_with_their_commands(tmp_path):
 
 
 def test_after_forgetting_no_file_of_data_holds_bytes_vector_or_caption(small_world, tmp_path):
-    """Through download and teacher_embed, whose stores and outs lie in data/."""
+    """Through download and teacher_embed, whose stores and outs lie in data/. Each secret is there
+    before, so that the search can find it."""
     data = shutil.copytree(small_world.data, tmp_path / "data")
     url = "file:7.jpg"
     name = image_id(url)
-    image = row_of(data / "images", name)
-    vector = row_of(data / "teacher/images", name)["embedding"]
-    raw = np.array(vector, np.float16).tobytes()
-    before = [path.read_bytes() for path in data.rglob("*.parquet")]
-    assert any(image["jpg"] in held for held in before) and any(raw in held for held in before)
+    (image,) = rows_of(data / "images", name)
+    views, texts = (rows_of(data / "teacher" / kind, name) for kind in ("images", "texts"))
+    vectors = [np.array(row["embedding"], np.float16).tobytes() for row in [*views, *texts]]
+    assert len(views) == 2 and len(texts) == 1
+    secrets = [image["jpg"], *vectors, image["caption"].encode(), url.encode()]
+    secrets += [image[digest].encode() for digest in ("sha256", "sha256_original")]
+    before = [contents(path) for path in data.rglob("*") if path.is_file()]
+    assert all(any(secret in held for held in before) for secret in secrets)
     forget = tmp_path / "forget.txt"
     forget.write_text(url)
     config = worlds.download_config(small_world.manifest, small_world.root, forget=str(forget))
@@ -139,15 +143,17 @@ def test_after_forgetting_no_file_of_data_holds_bytes_vector_or_caption(small_wo
     assert counts["forgotten"] == 1
     teacher = worlds.teacher_config(small_world.card, small_world.prompts)
     teacher_embed(teacher, data, device="cpu", workers=1)
-    after = [path.read_bytes() for path in data.rglob("*") if path.is_file()]
-    for secret in (image["jpg"], raw):
-        assert not any(secret in held for held in after)
+    after = [contents(path) for path in data.rglob("*") if path.is_file()]
+    assert not any(secret in held for secret in secrets for held in after)
     assert forgotten_findings(data, read_forgotten(forget)) == []
-    assert row_of(data / "images", name)["caption"] is None
 
 
-def row_of(folder: Path, key: str) -> dict:
-    rows = [
-        row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()
-    ]
-    return next(row for row in rows if row["image_id"] == key)
+def contents(path: Path) -> bytes:
+    """A file's bytes, and of Parquet its cells as well: its texts are compressed."""
+    raw = path.read_bytes()
+    return raw + str(pq.read_table(path).to_pylist()).encode() if path.suffix == ".parquet" else raw
+
+
+def rows_of(folder: Path, key: str) -> list[dict]:
+    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    return [row for table in tables for row in table.to_pylist() if row["image_id"] == key]

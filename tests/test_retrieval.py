@@ -5,18 +5,22 @@ import pytest
 from support import stored
 from support.vectors import unit
 
+from pipeline.data import database
 from pipeline.data.embeddings import split_vectors, training_vectors
 from pipeline.evaluation.metrics import mean_interval
 from pipeline.evaluation.retrieval import (
     DEPTHS,
+    GALLERY,
     NEAR,
     Ranks,
+    gallery,
     hits_at,
     near_training_images,
     overlap_at,
     rank_correlation,
     ranks_of_own,
     recall,
+    text_retrieval,
 )
 
 # Ranks
@@ -133,6 +137,28 @@ def test_a_student_that_says_one_thing_of_all_images_agrees_with_nothing():
 def test_unrelated_rankings_agree_at_the_floor():
     found = mean_interval(rank_correlation(unit(500, 30, 1), unit(500, 30, 2)))
     assert found.low < 0 < found.high
+
+
+def test_a_gallery_is_all_images_up_to_a_bound_and_evenly_spaced_above_it():
+    np.testing.assert_array_equal(gallery(5), range(5))
+    np.testing.assert_array_equal(gallery(GALLERY), range(GALLERY))
+    rows = gallery(3 * GALLERY)
+    assert len(rows) == GALLERY and rows[0] == 0 and rows[-1] == 3 * GALLERY - 1
+    assert set(np.diff(rows)) <= {3, 4}
+
+
+def test_captions_of_other_images_are_not_asked_and_change_nothing(tmp_path):
+    """Held out are a few of many: memory must not grow with the rest."""
+    stored.write_data(tmp_path)
+    ids, teacher = split_vectors(tmp_path, "val")
+    found = text_retrieval(tmp_path, ids, teacher, teacher)
+    ((captions,),) = database.connect(tmp_path).execute(
+        "SELECT count(*) FROM texts WHERE list_contains(?, image_id)", [ids]
+    ).fetchall()  # fmt: skip
+    assert found.facts["queries"] == captions > 0
+    fewer = text_retrieval(tmp_path, ids[:1], teacher[:1], teacher[:1])
+    assert fewer is None or fewer.facts["queries"] < captions
+    assert text_retrieval(tmp_path, ["nobody"], teacher[:1], teacher[:1]) is None
 
 
 # Near duplicates

@@ -11,6 +11,7 @@ from pipeline.data import database
 from pipeline.data.shards import (
     embedding_matrix,
     open_shard,
+    row_groups,
     shard_paths,
     stored_embeddings,
     unit_rows,
@@ -84,6 +85,24 @@ def first_views(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def as_bytes(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A column of ids -> (n,) fixed-width bytes: a tenth of the memory of Python strings."""
     return np.array(column.to_pylist(), dtype=bytes)
+
+
+def indexed_vectors(index: Path, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(n, E) float32 unit vectors of a student's index for these ids, sorted, and whether it has
+    each of them (n,). A row group at a time: memory grows with n, not with the index."""
+    keys = np.array(ids, dtype=bytes)
+    vectors, known = np.zeros((len(keys), 0), np.float32), np.zeros(len(keys), bool)
+    for path in sorted(index.glob("*.parquet")) if ids else ():
+        for table in row_groups(path, "evaluate", ["image_id", "embedding"]):
+            found = as_bytes(table["image_id"])
+            at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
+            mine = np.flatnonzero(keys[at] == found)
+            if len(mine):
+                stored = embedding_matrix(table["embedding"].take(pa.array(mine)))
+                if not vectors.shape[1]:
+                    vectors = np.zeros((len(keys), stored.shape[1]), np.float32)
+                vectors[at[mine]], known[at[mine]] = stored, True
+    return vectors, known
 
 
 def training_mean(data: Path) -> np.ndarray:

@@ -19,6 +19,7 @@ from pipeline.evaluation.metrics import cosine, mean_interval, share_interval
 DEPTHS = (1, 5, 10)
 TIE = 1e-6  # of cosines: the product of equal rows differs in its last bits from place to place
 RANKED = 1024  # texts, at most, for which all images are put in order: what takes longest
+GALLERY = 10_000  # images, at most, among which one is looked for: each is compared with each
 NEAR = (0.9, 0.95, 0.99)  # cosines of teacher vectors: alike, nearly the same, the same picture
 COMPARED = 4096  # held-out images, at most, that are compared with all training images
 
@@ -60,6 +61,11 @@ def recall(ranks: Ranks, gallery_size: int, owners: np.ndarray | None = None) ->
     }
 
 
+def gallery(images: int) -> np.ndarray:
+    """Row numbers of the images that are searched, evenly spaced: all up to GALLERY of them."""
+    return np.linspace(0, images - 1, min(images, GALLERY)).round().astype(int)
+
+
 def image_retrieval(student: np.ndarray, teacher: np.ndarray) -> MetricGroup:
     """The student's vector of an image among the teacher's vectors of all images, (n, E) both."""
     own = np.arange(len(teacher))
@@ -78,11 +84,11 @@ def text_retrieval(
     ids: of n images; student, teacher: (n, E) unit vectors. The ceiling is the teacher.
     """
     row_of = {key: i for i, key in enumerate(ids)}
-    texts, text_ids, vectors = load_text_embeddings(data, "image_id IS NOT NULL", [])
-    mine = [i for i, key in enumerate(text_ids) if key in row_of]
-    if not mine:
+    where = "image_id IN (SELECT unnest(?::VARCHAR[]))"  # the captions of others are not held
+    texts, text_ids, vectors = load_text_embeddings(data, where, [ids])
+    if not texts:
         return None
-    own, vectors = np.array([row_of[text_ids[i]] for i in mine]), vectors[mine]
+    own = np.array([row_of[key] for key in text_ids])
     by_student, by_teacher = (
         recall(ranks_of_own(vectors, side, own), len(ids), own) for side in (student, teacher)
     )
@@ -90,7 +96,7 @@ def text_retrieval(
         "overlap@10": _overlap(vectors, student, teacher, own),
         "rank_correlation": _rank_correlation(vectors, student, teacher, own),
     }
-    counts = {"queries": len(mine), "distinct_texts": len({texts[i] for i in mine})}
+    counts = {"queries": len(texts), "distinct_texts": len(set(texts))}
     return MetricGroup(metrics=metrics, facts=counts)
 
 
