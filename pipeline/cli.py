@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli_checks import named_card, named_share, refuse_outdated, warn_outdated
+from pipeline.cli_checks import named_card, refuse_outdated, warn_outdated
+from pipeline.cli_cluster import Part, Ray, RayCpus, RayGpus, named_share, named_tasks
 from pipeline.cli_import import imports
 from pipeline.cli_store import stores
 from pipeline.core.choices import (
@@ -42,14 +43,6 @@ Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Data = Annotated[Path, typer.Option("--data", help="Folder of all results.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ... Changes speed.")]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode images.")]
-Part = Annotated[
-    str | None,
-    typer.Option(
-        "--part",
-        help="3/16 (counted from 0) or auto: make this part of the shards only, beside other "
-        "processes; the command without it then publishes.",
-    ),
-]
 Card = Annotated[
     Path | None, typer.Option(help="Teacher card; that of the parameters if not given.")
 ]
@@ -110,6 +103,9 @@ def download(
         ),
     ] = False,
     part: Part = None,
+    ray: Ray = False,
+    ray_cpus: RayCpus = 1.0,
+    ray_gpus: RayGpus = 0.0,
     params: Params = PARAMS,
     data: Data = DATA,
     processes: Annotated[int, typer.Option(min=1, help="Download processes.")] = 2,
@@ -128,7 +124,8 @@ def download(
     if retry:
         say(begin_round(params, data))
     config, share = load_section(params, "download"), named_share(part)
-    statuses = run(config, data, processes=processes, threads=threads, share=share)
+    tasks = named_tasks(ray, part, ray_cpus, ray_gpus)
+    statuses = run(config, data, processes=processes, threads=threads, share=share, tasks=tasks)
     if share:
         say(_PART_DONE.format("download", *share))
     else:
@@ -138,6 +135,9 @@ def download(
 @app.command(rich_help_panel=STAGES)
 def teacher_embed(
     part: Part = None,
+    ray: Ray = False,
+    ray_cpus: RayCpus = 1.0,
+    ray_gpus: RayGpus = 0.0,
     params: Params = PARAMS,
     data: Data = DATA,
     device: Device = "auto",
@@ -155,8 +155,15 @@ def teacher_embed(
 
     config, share = load_section(params, "teacher_embed"), named_share(part)
     refuse_outdated(params, data, "teacher_embed")
+    tasks = named_tasks(ray, part, ray_cpus, ray_gpus)
     summary = run(
-        config, data, device=device, workers=workers, accept_other_vectors=accept, share=share
+        config,
+        data,
+        device=device,
+        workers=workers,
+        accept_other_vectors=accept,
+        share=share,
+        tasks=tasks,
     )
     if share:
         say(_PART_DONE.format("teacher-embed", *share))

@@ -1,14 +1,10 @@
-"""What commands look at first: is data/ as the parameters ask, who is the teacher, which part is theirs."""
+"""What commands look at first: is data/ as the parameters ask, who is the teacher."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import STAGES
 from pipeline.core.terminal import say
-
-if TYPE_CHECKING:
-    from pipeline.cluster.parts import Share
 
 
 def refuse_outdated(params: Path, data: Path, stage: str) -> None:
@@ -52,10 +48,3 @@ def named_card(card: Path | None, params: Path) -> Path | None:
     if card is None and params.is_file():
         return Path(load_section(params, "teacher_embed").card)
     return card
-
-
-def named_share(part: str | None) -> "Share | None":
-    """The share of the shards that --part names; None without it."""
-    from pipeline.cluster.parts import parse_share
-
-    return None if part is None else parse_share(part)

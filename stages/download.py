@@ -1,6 +1,6 @@
 """manifest -> data/images: every manifest row ends as exactly one row, with an image or a status.
 
-Run:   pipeline download [--retry] [--part 3/16]
+Run:   pipeline download [--retry] [--part 3/16 | --ray]
 Cost:  the network, and one decode and encode per image; a killed run loses at most the shards that
        were being fetched. An image that an earlier run holds is not fetched again, in whatever
        shard it lies.
@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from pipeline.cluster.parts import Share
+from pipeline.cluster.ray import OnRay, Tasks
 from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.outs import is_published, refuse_unexpected
@@ -32,12 +33,19 @@ STAGE = "download"
 
 
 def download(
-    config: DownloadConfig, data: Path, *, processes: int, threads: int, share: Share | None = None
+    config: DownloadConfig,
+    data: Path,
+    *,
+    processes: int,
+    threads: int,
+    share: Share | None = None,
+    tasks: Tasks | None = None,
 ) -> dict[str, int]:
     """Fetch what is missing and write data/images; returns rows by status.
 
     share: fetch only this share of the shards, into the store, beside other processes and without
-    the lock; the plain command then finds them and publishes.
+    the lock; the plain command then finds them and publishes. tasks: fetch on a Ray cluster, in
+    tasks that ask for so much.
 
     Raises PipelineError for a bad manifest, and where no image at all could be had.
     """
@@ -62,7 +70,8 @@ def download(
             return _require_images(_statuses(paths))
         refuse_unexpected(out, STAGE)
         maker = ImageShards(config, plan, store, own / "lists", own, processes, threads, forgotten)
-        entries = carry_out(plan, maker, store, data, share and share.of)
+        engine = OnRay(maker, tasks) if tasks else maker
+        entries = carry_out(plan, engine, store, data, share and share.of)
         paths = [store.path(entry) for entry in entries.values()]
         statuses = _statuses(paths)
         if share is not None:

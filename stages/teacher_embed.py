@@ -1,6 +1,6 @@
 """data/images -> data/teacher: every image and text embedded once by the frozen teacher.
 
-Run:   pipeline teacher-embed [--device cuda] [--part 3/16]
+Run:   pipeline teacher-embed [--device cuda] [--part 3/16 | --ray]
 Cost:  the teacher's forward pass, once per image and view; a killed run loses at most a shard.
        More views, more images or edited captions cost only what is new.
 """
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.cluster.parts import Share
+from pipeline.cluster.ray import OnRay, Tasks
 from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.devices import own_device
 from pipeline.core.errors import PipelineError
@@ -38,20 +39,22 @@ def teacher_embed(
     workers: int = 2,
     accept_other_vectors: bool = False,
     share: Share | None = None,
+    tasks: Tasks | None = None,
 ) -> TeacherSummary | None:
     """Write data/teacher/images and data/teacher/texts; returns what it says of the teacher.
 
     workers: threads that decode and crop. accept_other_vectors: also of a teacher that does not
     answer as its card's golden vectors say. share: embed only this share of the shards, into the
     store, beside other processes and without the lock, and return None; the plain command then
-    finds them and publishes.
+    finds them and publishes. tasks: embed on a Ray cluster, in tasks that ask for so much.
 
     Raises PipelineError: no images, no or a wrong teacher, embeddings of another teacher already
     there, a prompt file that is missing.
     """
     store, out = store_of(data, STAGE), data / "teacher"
     with lock(data, STAGE) if share is None else nullcontext():
-        images, target = require_inputs(data, STAGE)["images"], own_device(device)
+        images = require_inputs(data, STAGE)["images"]
+        target = device if tasks else str(own_device(device))  # a node's own is looked at there
         identity = teacher_identity(read_card(Path(config.card)), Path(config.card))
         prompts = all_prompts(Path(config.prompts), Path(config.templates), data / "images")
         plan, origins = plan_vectors(config, identity, images, prompts)
@@ -60,32 +63,35 @@ def teacher_embed(
         _refuse_other_teacher(data, identity, config.dtype)
         refuse_unexpected(out, STAGE)
         began = time.monotonic()
-        load = partial(
-            Teacher, Path(config.card), target, accept_other_vectors=accept_other_vectors
-        )
+        load = partial(_teacher, Path(config.card), target, accept_other_vectors)
         with own_inputs(data, STAGE) as inputs:
             maker = VectorShards(
                 config, plan, origins, store, inputs / "images", prompts, load, workers
             )
-            entries = carry_out(plan, maker, store, data, share and share.of)
+            engine = OnRay(maker, tasks) if tasks else maker
+            entries = carry_out(plan, engine, store, data, share and share.of)
         if share is not None:
             return None
         summary = _summary(store, entries, identity, config)
         publish(plan, store, data, entries, summary.model_dump(mode="json"))
         counts = summary.model_dump(include={"images", "texts", "views"})
-        counts["embedded"] = maker.embedded  # views that the teacher saw; the rest was reused
+        counts["embedded"] = maker.tally["embedded"]  # the rest was reused
         append_run(
             data,
             STAGE,
             recipe_digest(plan.recipe),
             plan.recipe,
             counts,
-            str(target),
+            target,
             began,
-            maker.embedded,
-            maker.spent,
+            maker.tally["embedded"],
+            maker.tally["seconds"],
         )
     return summary
+
+
+def _teacher(card: Path, device: str, accept: bool) -> Teacher:
+    return Teacher(card, own_device(device), accept_other_vectors=accept)
 
 
 def _refuse_other_teacher(data: Path, identity: TeacherIdentity, dtype: str) -> None:

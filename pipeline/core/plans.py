@@ -4,7 +4,7 @@ how finished shards become a stage's out.
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +22,13 @@ from pipeline.core.terminal import say
 
 
 class Maker(Protocol):
-    """What knows how the shards of a plan are made."""
+    """What knows how the shards of a plan are made.
+
+    It pickles, and `make` may be called again and again. tally: what `make` did, for the record.
+    """
+
+    plan: Plan
+    tally: Counter
 
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each of these shards, as soon as it is in the store. Any number of processes may do so at

@@ -8,7 +8,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,7 +92,7 @@ def _pixels(config: DownloadConfig) -> dict:
 class ImageShards:
     """How the shards of a plan are made in a store.
 
-    lists: folder of the manifest's lists; scratch: a folder of this process alone.
+    lists: folder of the manifest's lists; scratch: a folder of this run alone.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class ImageShards:
         self.config, self.plan, self.store, self.lists = config, plan, store, lists
         self.scratch, self.processes, self.threads = scratch, processes, threads
         self.origins = {part.name: part.origin for part in plan.parts}
+        self.tally = Counter()
 
     def is_settled(self, entry: Entry) -> bool:
         """Whether a shard of an earlier round has nothing that a retry would ask for."""
@@ -122,8 +125,12 @@ class ImageShards:
 
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each shard as soon as it is finished and in the store, in no particular order."""
-        earlier = _EarlierImages(self.store, self.config, self.forgotten)
-        wanted, total, batches = self.scratch / "wanted", 0, {}
+        with TemporaryDirectory(dir=self.scratch) as own:
+            yield from self._make(names, Path(own))
+
+    def _make(self, names: Iterable[str], own: Path) -> Iterator[Entry]:
+        """own: a folder of this call alone."""
+        earlier, wanted, total, batches = self._earlier, own / "wanted", 0, {}
         wanted.mkdir()
         waiting: dict[str, list[dict]] = {}
         for name in names:
@@ -150,7 +157,7 @@ class ImageShards:
         with tqdm(total=total, unit="image", desc=STAGE, smoothing=0.05) as bar:
             for batch, came in fetch_lists(
                 wanted,
-                self.scratch / "raw",
+                own / "raw",
                 self._fetch_rules(),
                 self.processes,
                 self.threads,
@@ -161,6 +168,10 @@ class ImageShards:
                     yield self._commit(name, rows, earlier, came)
                     bar.update(sum(row["image_id"] in came for row in rows))
                 came.delete()
+
+    @cached_property
+    def _earlier(self) -> "_EarlierImages":
+        return _EarlierImages(self.store, self.config, self.forgotten)
 
     def _rows(self, name: str) -> list[dict]:
         return pq.read_table(self.lists / name).to_pylist()

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -78,6 +79,20 @@ def _die_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+@functools.cache
+def _watch_parent() -> None:
+    """In a worker: where the process that runs img2dataset is killed alone, as Ray does with the
+    children of a task, all that it started ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class LightLogger(LoggerProcess):
     """img2dataset's logger; that it lies here makes its process import this module first."""
 
@@ -92,6 +107,7 @@ class GuardedDownloader:
 
     def __call__(self, shard: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
         """(whether it worked, shard), as img2dataset's distributor expects it."""
+        _watch_parent()
         setattr(downloader, "exifread", CountBytes)  # noqa: B010 - no parser of untrusted bytes
         fetch = functools.partial(fetch_row, _client(self.rules, self.raw))
         setattr(downloader, "download_image_with_retry", fetch)  # noqa: B010

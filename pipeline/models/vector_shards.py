@@ -6,6 +6,7 @@ or the same text is not computed again, in whatever shard it lies.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -82,7 +83,7 @@ class VectorShards:
         self.config, self.plan, self.origins, self.store = config, plan, origins, store
         self.images, self.prompts, self.load, self.workers = images, prompts, load, workers
         self.digests = {part.name: part.origin for part in plan.parts}
-        self.embedded, self.spent = 0, 0.0  # views that the teacher saw, and the seconds of that
+        self.tally: Any = Counter()  # "embedded": views that the teacher saw; "seconds" of that
 
     def is_settled(self, entry: Entry) -> bool:
         return True  # there are no rounds of embedding
@@ -105,8 +106,8 @@ class VectorShards:
         known = self._known_views(good_shas(source), self.origins[name])
         before, began = len(known), time.monotonic()
         tables = view_tables(self.teacher, source, self.config, known, self.workers, bar.update)
-        self.spent += time.monotonic() - began
-        self.embedded += len(known) - before
+        self.tally["seconds"] += time.monotonic() - began
+        self.tally["embedded"] += len(known) - before
         rows = sum(table.num_rows for table in tables)
         bar.update(rows - (len(known) - before))
         schema = shards.teacher_schema(self.teacher.embedding_size)
