@@ -74,19 +74,24 @@ def distill(
     """
     ranks = Ranks(own_device(device))
     ranks.check_batch(config.batch)
-    try:
-        with lock(data, STAGE) if ranks.first else nullcontext():
-            ranks.wait()
-            recipe, teacher = _recipe(config, data)
-            work = Work(data, STAGE, data / "student", recipe)
-            if not work.published():
-                if resume:
-                    _refuse_another_run(work)
-                with own_inputs(data, STAGE) as inputs:
-                    _train(work, config, inputs, teacher, ranks, workers)
-            return read_stamp(work.out, STAGE).summary
-    finally:
-        ranks.end()
+    with ranks.together(), lock(data, STAGE) if ranks.first else nullcontext():
+        ranks.wait()
+        recipe, teacher = _recipe(config, data)
+        work = Work(data, STAGE, data / "student", recipe)
+        if not _published(work, ranks):
+            if resume:
+                _refuse_another_run(work)
+            with own_inputs(data, STAGE) as inputs:
+                _train(work, config, inputs, teacher, ranks, workers)
+        return read_stamp(work.out, STAGE).summary
+
+
+def _published(work: Work, ranks: Ranks) -> bool:
+    """Whether there is nothing to do. Raises PipelineError where the ranks see different folders."""
+    published, checkpoint = work.published(), work.folder / CHECKPOINT
+    begun = file_digest(checkpoint) if checkpoint.is_file() else None
+    ranks.require_same(parameters_and_inputs=work.stamp, data_student=published, checkpoint=begun)
+    return published
 
 
 def _recipe(config: DistillConfig, data: Path) -> tuple[Recipe, TeacherSummary]:

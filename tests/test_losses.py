@@ -211,8 +211,8 @@ values = trainer.read()[0]
 gradients = {n: p.grad for n, p in trainer.student.named_parameters() if p.grad is not None}
 if ranks.first:
     torch.save({"values": values, "gradients": gradients, "lost": trainer.undecodable}, out)
-ranks.wait()
-ranks.end()
+with ranks.together():
+    ranks.wait()
 """
 
 

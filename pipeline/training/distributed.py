@@ -6,6 +6,9 @@ while the backward pass still runs.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.provenance import digest
+
+SILENCE = timedelta(minutes=10)  # of a rank, after which the others take it for dead
 
 
 class Ranks:
@@ -25,7 +31,8 @@ class Ranks:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             # numbers that are on the CPU are exchanged there, so that no GPU has to be waited for
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=SILENCE)
 
     @property
     def first(self) -> bool:
@@ -37,6 +44,38 @@ class Ranks:
         if batch % self.size:
             raise PipelineError(
                 f"distill.batch {batch} cannot be shared by {self.size} ranks. Choose a multiple."
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What the ranks do together. Raises PipelineError where another one has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _lost_a_rank(error):
+                raise
+            raise PipelineError(
+                f"rank {self.rank} of {self.size}: another rank has ended, or did not answer for "
+                f"{SILENCE.seconds // 60} minutes; its own output says why. Start the same command "
+                "on all machines again: it goes on from the last checkpoint."
+            ) from None
+        finally:
+            if self.size > 1:
+                dist.destroy_process_group()
+
+    def require_same(self, **facts: object) -> None:
+        """Raises PipelineError, on every rank, where the ranks do not see the same of something."""
+        if self.size == 1:
+            return
+        own = torch.tensor([int(digest(fact)[:15], 16) for fact in facts.values()])
+        seen = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(seen, own)
+        same = [len(set(column)) == 1 for column in zip(*(s.tolist() for s in seen), strict=True)]
+        if wrong := [name for name, equal in zip(facts, same, strict=True) if not equal]:
+            raise PipelineError(
+                f"the {self.size} ranks do not see the same {' and '.join(wrong)}. All machines "
+                "need one data folder that all of them see, the same params.yaml and the same "
+                "version of this project."
             )
 
     def gather(self, own: Tensor) -> Tensor:
@@ -80,6 +119,8 @@ class Ranks:
         """Until every rank is here."""
         self.total(0)
 
-    def end(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error says that the connection to another rank has gone."""
+    said = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said
