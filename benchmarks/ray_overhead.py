@@ -1,5 +1,5 @@
 """What a shard costs on Ray beside its work: tasks that do nothing, and `pipeline download --ray` beside
-the plain command, on a cluster of this machine with one processor.
+the plain command, on a cluster of this machine, one task at a time.
 
 Run:  unshare --net sh -c 'ip link set lo up && python benchmarks/ray_overhead.py PHOTOS'
 
@@ -7,6 +7,7 @@ Run:  unshare --net sh -c 'ip link set lo up && python benchmarks/ray_overhead.p
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from pipeline.core.records import Plan, Recipe
 from pipeline.core.store import Store
 from pipeline.fetch.folder import write_folder_manifest
 
-EMPTY, SHARDS, PHOTOS = 200, 8, 30
+EMPTY, SHARDS, PHOTOS = 1000, 8, 30
+ALL = float(os.cpu_count() or 1)  # processors: what a task asks for
 
 
 class Nothing:
@@ -42,7 +44,7 @@ def tasks_that_do_nothing(folder: Path) -> tuple[float, float, float]:
     """Seconds until the first shard; of a further one; of one in this process."""
     names = [f"{i:05}.parquet" for i in range(EMPTY)]
     began, times = time.perf_counter(), []
-    for _ in OnRay(Nothing(folder / "ray"), Tasks(1.0, 0.0)).make(names):
+    for _ in OnRay(Nothing(folder / "ray"), Tasks(ALL, 0.0)).make(names):
         times.append(time.perf_counter() - began)
     began = time.perf_counter()
     list(Nothing(folder / "here").make(names))
@@ -69,7 +71,7 @@ def downloads(photos: Path, folder: Path) -> dict[str, float]:
     params.write_text(text)
     write_folder_manifest(chosen, folder / "photos.csv", None, force=True)
     taken = {}
-    for name, options in {"plain": [], "ray": ["--ray"]}.items():
+    for name, options in {"plain": [], "ray": ["--ray", "--ray-cpus", str(ALL)]}.items():
         command = ["download", *options, "--params", params, "--data", folder / name]
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "pipeline.cli", *command], check=True)

@@ -252,7 +252,8 @@ def test_without_an_address_a_cluster_is_started_and_ends_with_the_run(cluster, 
     data = tmp_path / "data"
     shutil.copytree(cluster.folder / "one/images", data / "images")
     before = {process.pid for process in cluster.network.processes()}
-    cluster.finish(cluster.start("teacher-embed", data, "--ray", RAY_ADDRESS=""))
+    unset = dict.fromkeys(("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"), "")
+    cluster.finish(cluster.start("teacher-embed", data, "--ray", **unset))
     assert out_bytes(data / "teacher") == out_bytes(cluster.folder / "one/teacher")
     assert wait_until(lambda: {p.pid for p in cluster.network.processes()} <= before, 20)
 

@@ -154,6 +154,10 @@ def _versions(here: str) -> dict[str, str]:
 def _cluster() -> Iterator[Any]:
     """The module ray, connected to the cluster that RAY_ADDRESS names, or to one of this machine's
     own that ends with it."""
+    options: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS") or "local"}
+    if options["address"] == "local":  # the import reads the environment
+        os.environ.update(_OWN_CLUSTER | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         import ray.exceptions
     except ImportError:
@@ -161,10 +165,6 @@ def _cluster() -> Iterator[Any]:
             "--ray: Ray is not installed. Run `pip install -c constraints.txt 'extrahead[ray]'`, "
             "here and on every node of the cluster."
         ) from None
-    options: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS") or "local"}
-    if options["address"] == "local":
-        os.environ.update(_OWN_CLUSTER | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         _reach(options["address"])
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
