@@ -3,16 +3,15 @@
 A command imports what it needs inside, so that --help answers without torch.
 """
 
-import errno
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli_checks import named_card, refuse_outdated, warn_outdated
+from pipeline.cli_checks import message_of, named_card, refuse_outdated, warn_outdated
 from pipeline.cli_cluster import Part, Ray, RayCpus, RayGpus, named_share, named_tasks
 from pipeline.cli_import import imports
-from pipeline.cli_store import stores
+from pipeline.cli_store import name_store, stores
 from pipeline.core.choices import (
     TEACHERS,
     AnswerFormat,
@@ -35,6 +34,7 @@ app = typer.Typer(
 
     `dvc repro` runs every stage in order, as params.yaml says; the commands below run one.""",
 )
+app.callback()(name_store)
 app.add_typer(imports, name="import", rich_help_panel="Files in and out")
 app.add_typer(stores, name="store", rich_help_panel="Files in and out")
 
@@ -54,19 +54,11 @@ def main() -> None:
     guard()
     try:
         app()
-    except PipelineError as error:
-        _fail(str(error))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _fail(f"the disk is full ({error}). Free space and run the same command: it goes on.")
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            _fail(f"{error}. Give this user the right to write there, or choose another --data.")
-        raise
-
-
-def _fail(message: str) -> None:
-    fail(message)
-    raise SystemExit(1)
+    except Exception as error:
+        if (message := message_of(error)) is None:
+            raise
+        fail(message)
+        raise SystemExit(1) from None
 
 
 @app.command(rich_help_panel=FILES)

@@ -1,5 +1,6 @@
 """What commands look at first: is data/ as the parameters ask, who is the teacher."""
 
+import errno
 from pathlib import Path
 
 from pipeline.core.errors import PipelineError
@@ -48,3 +49,23 @@ def named_card(card: Path | None, params: Path) -> Path | None:
     if card is None and params.is_file():
         return Path(load_section(params, "teacher_embed").card)
     return card
+
+
+_OURS = "PipelineError: "
+
+
+def message_of(error: Exception) -> str | None:
+    """What a user is told of what ended a command; None for a fault of this program.
+
+    What reads shards for DuckDB raises inside of it, and DuckDB passes on nothing but the text.
+    """
+    if isinstance(error, PipelineError):
+        return str(error)
+    if _OURS in str(error):
+        return str(error).rsplit(_OURS)[-1].strip()
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOSPC:
+        return f"the disk is full ({error}). Free space and run the same command: it goes on."
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{error}. Give this user the right to write there, or choose another --data."
+    return None

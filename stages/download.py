@@ -18,11 +18,12 @@ from pipeline.cluster.parts import Share
 from pipeline.cluster.ray import OnRay, Tasks
 from pipeline.core.config import DownloadConfig
 from pipeline.core.errors import PipelineError
-from pipeline.core.outs import is_published, refuse_unexpected
+from pipeline.core.outs import refuse_unexpected
 from pipeline.core.plans import carry_out, publish, scratch_folder, store_of
 from pipeline.core.provenance import lock, stamp_of
 from pipeline.core.terminal import say
 from pipeline.data import shards
+from pipeline.data.remote_shards import shards_in
 from pipeline.fetch.forget import Forgotten, read_forgotten
 from pipeline.fetch.image_shards import ImageShards, plan_images
 from pipeline.fetch.listing import listing
@@ -49,7 +50,7 @@ def download(
 
     Raises PipelineError for a bad manifest, and where no image at all could be had.
     """
-    store, out = store_of(data, STAGE), data / "images"
+    store, out = store_of(data, STAGE, config.store), data / "images"
     with lock(data, STAGE) if share is None else nullcontext(), scratch_folder(data, STAGE) as own:
         forgotten = read_forgotten(Path(config.forget))
         lists = write_lists(
@@ -64,8 +65,12 @@ def download(
         )
         check_urls(lists, config, partial(say, err=True))
         plan, listed = plan_images(config, lists, forgotten), listing(config, forgotten)
-        if share is None and is_published(out, STAGE, plan.recipe) and listed == _listed(data):
-            paths = list(out.glob("*.parquet"))
+        if (
+            share is None
+            and store.has_published(out, STAGE, plan.recipe)
+            and listed == _listed(data)
+        ):
+            paths = shards_in(out)
             _name_unmatched(config, forgotten, paths)
             return _require_images(_statuses(paths))
         refuse_unexpected(out, STAGE)

@@ -16,7 +16,7 @@ from pipeline.core.config import TeacherEmbedConfig
 from pipeline.core.devices import own_device
 from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
-from pipeline.core.outs import is_published, recipe_digest, refuse_unexpected
+from pipeline.core.outs import recipe_digest, refuse_unexpected
 from pipeline.core.plans import carry_out, publish, store_of
 from pipeline.core.provenance import lock, require_inputs, teacher_summary
 from pipeline.core.records import Entry, Preprocessing, TeacherIdentity, TeacherSummary
@@ -51,14 +51,14 @@ def teacher_embed(
     Raises PipelineError: no images, no or a wrong teacher, embeddings of another teacher already
     there, a prompt file that is missing.
     """
-    store, out = store_of(data, STAGE), data / "teacher"
+    store, out = store_of(data, STAGE, config.store), data / "teacher"
     with lock(data, STAGE) if share is None else nullcontext():
         images = require_inputs(data, STAGE)["images"]
         target = device if tasks else str(own_device(device))  # a node's own is looked at there
         identity = teacher_identity(read_card(Path(config.card)), Path(config.card))
         prompts = all_prompts(Path(config.prompts), Path(config.templates), data / "images")
         plan, origins = plan_vectors(config, identity, images, prompts)
-        if share is None and is_published(out, STAGE, plan.recipe):
+        if share is None and store.has_published(out, STAGE, plan.recipe):
             return teacher_summary(data)
         _refuse_other_teacher(data, identity, config.dtype)
         refuse_unexpected(out, STAGE)

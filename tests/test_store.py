@@ -305,8 +305,8 @@ def test_only_what_no_published_stamp_names_and_is_old_may_be_collected(tmp_path
     for entry in store.entries():
         if entry != young:
             os.utime(store.path(entry), (time.time() - 15 * 24 * 3600,) * 2)
-    assert unneeded(tmp_path, 14) == [store.path(old)]
-    assert set(unneeded(tmp_path, 0)) == {store.path(old), store.path(young)}
+    assert [entry for _, entry in unneeded(tmp_path, 14)] == [old]
+    assert {entry.stored for _, entry in unneeded(tmp_path, 0)} == {old.stored, young.stored}
 
 
 def test_the_command_names_first_and_deletes_only_when_told(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import RUNS, STAGES, STAMP_FILE
+from pipeline.core.outs import holds_stamp_alone
 from pipeline.core.plans import scratch_folder
 from pipeline.core.provenance import stamp_of
 
@@ -22,7 +23,9 @@ def own_inputs(data: Path, stage: str) -> Iterator[Path]:
     with scratch_folder(data, stage) as folder:
         files = [str(path.relative_to(data)) for path in (data / RUNS).glob("*.parquet")]
         for name in STAGES[stage].inputs:
-            files += [f"{name}/{file}" for file in [STAMP_FILE, *stamp_of(data, name).files]]
+            stamp = stamp_of(data, name)
+            shards = () if holds_stamp_alone(data / name, stamp) else stamp.files
+            files += [f"{name}/{file}" for file in [STAMP_FILE, *shards]]
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             _link(data / file, folder / file)

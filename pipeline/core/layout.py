@@ -5,6 +5,7 @@ from pathlib import Path
 
 WORK = ".work"  # below data/: what is under way, never an artifact
 STORE = ".store"  # below data/: finished shards, to which outs are links
+ADDRESS = "EXTRAHEAD_STORE"  # environment variable: where the remote store is
 RUNS = "runs"  # below data/: one small Parquet row per finished run
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 

@@ -69,6 +69,12 @@ def _unexpected(out: Path, stage: str) -> list[str]:
     return sorted(files - ours)
 
 
+def holds_stamp_alone(out: Path, stamp: Stamp) -> bool:
+    """Whether the shards of an out lie in a remote store, and here nothing but their stamp."""
+    stored = [name for name, file in stamp.files.items() if file.stored]
+    return bool(stored) and not any(os.path.lexists(out / name) for name in stored)
+
+
 def place_out(data: Path, stage: str, out: Path, files: dict[str, Path]) -> None:
     """Make the out exactly these files (name in it -> where they lie), by links.
 

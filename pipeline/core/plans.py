@@ -17,6 +17,8 @@ from pipeline.core.layout import STAGES, STAMP_FILE, STORE, WORK
 from pipeline.core.outs import make_stamp, place_out
 from pipeline.core.provenance import read_stamp, sealed
 from pipeline.core.records import Entry, Plan, Stamp, StoredFile
+from pipeline.core.remote import has_address
+from pipeline.core.remote_store import RemoteStore, bring_back
 from pipeline.core.store import Store, entry_of, may_live, process_name
 from pipeline.core.terminal import say
 
@@ -41,9 +43,10 @@ class Maker(Protocol):
         """What an entry of another plan was made with that this plan asks otherwise."""
 
 
-def store_of(data: Path, stage: str) -> Store:
-    """The store of a stage on this disk."""
-    return Store(data / STORE / STAGES[stage].folder)
+def store_of(data: Path, stage: str, kind: str = "local") -> Store:
+    """The store of a stage: on this disk, or the remote one."""
+    store = {"local": Store, "remote": RemoteStore}[kind]
+    return store(data / STORE / STAGES[stage].folder)
 
 
 def carry_out(
@@ -77,7 +80,7 @@ def _name_other_plans(entries: dict[str, Entry], store: Store, maker: Maker) -> 
     if others:
         differences = sorted({name for entry in others for name in maker.differences(entry)})
         say(
-            f"note: {len(others)} shards in {store.folder} belong to another plan, whose "
+            f"note: {len(others)} shards in the store of {store.folder.name} belong to another plan, whose "
             f"{', '.join(differences) or 'shards'} differ: what fits of their rows is reused, and they stay.",
             err=True,
         )
@@ -106,9 +109,11 @@ def bring_in(data: Path, stage: str, store: Store) -> None:
     DVC's cache, for DVC deletes outs before it runs a stage. Says what dvc.lock names in vain.
     """
     folder = STAGES[stage].folder
+    out, stamp = data / folder, None
     with suppress(PipelineError):
-        stamp = read_stamp(data / folder, stage)
-        _reuse(store, stamp, {name: data / folder / name for name in stamp.files})
+        stamp = read_stamp(out, stage)
+    if stamp:
+        _reuse(store, stamp, {name: out / name for name in stamp.files})
     locked = locked_out(data, folder)
     if locked is None:
         return
@@ -129,11 +134,13 @@ def bring_in(data: Path, stage: str, store: Store) -> None:
 
 
 def _reuse(store: Store, stamp: Stamp, files: dict[str, Path]) -> None:
-    """Link a published stage's shards into the store."""
+    """Link a published stage's shards into the store, or bring them there."""
     shards = [(name, file) for name, file in stamp.files.items() if file.stored]
     for name, file in shards:
         if file.stored and name in files and files[name].is_file():
             store.reuse(files[name], entry_of(file.stored, file.bytes))
+    if shards and not any(files[name].is_file() for name, _ in shards if name in files):
+        bring_back(store, stamp)
     if shards:
         store.note(stamp)
 
@@ -151,27 +158,30 @@ def publish(
         for name, entry in entries.items()
     }
     stamp = make_stamp(plan.stage, plan.recipe, files, summary)
-    sources = {name: store.path(entry) for name, entry in entries.items()}
     noted = store.note(stamp)
     out = data / STAGES[plan.stage].folder
-    place_out(data, plan.stage, out, sources | {STAMP_FILE: noted})
+    place_out(data, plan.stage, out, store.of_the_out(entries) | {STAMP_FILE: noted})
     store.supersede(stamp)
     store.sweep()
     return stamp
 
 
-def unneeded(data: Path, days: float) -> list[Path]:
-    """Shards of all stores that no published stamp names and that are older than so many days."""
-    paths = []
-    for folder in sorted({stage.folder for stage in STAGES.values()}):
-        store = Store(data / STORE / folder)
-        named, young = store.published(), time.time() - days * 24 * 3600
-        paths += [
-            store.path(entry)
-            for entry in store.entries()
-            if entry.stored not in named and int(store.time(entry)) <= young  # the rest is a mark
-        ]
-    return paths
+def unneeded(data: Path, days: float) -> list[tuple[Store, Entry]]:
+    """Shards of all stores, the remote one too where its address is known, that no published stamp
+    names and that are older than so many days."""
+    found, young = [], time.time() - days * 24 * 3600
+    for stage in ("download", "teacher_embed"):
+        for kind in ("local", "remote") if has_address() else ("local",):
+            store = store_of(data, stage, kind)
+            entries = store.entries()  # before the stamps: what is published meanwhile is kept
+            named = store.published()
+            found += [
+                (store, entry)
+                for entry in entries
+                if entry.stored not in named
+                and int(store.time(entry)) <= young  # the rest is a mark
+            ]
+    return found
 
 
 @contextmanager

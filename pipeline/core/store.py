@@ -22,16 +22,16 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-from pipeline.core.outs import link
+from pipeline.core.outs import is_published, link
 from pipeline.core.provenance import PARTIAL, file_digest, write_file, write_json
-from pipeline.core.records import Entry, Stamp
+from pipeline.core.records import Entry, Recipe, Stamp
 
 _STORED = re.compile(
     r"(?P<stem>.+)-(?P<origin>[0-9a-f]{32})-(?P<round>\d+)-(?P<good>\d+)-(?P<sha256>[0-9a-f]{32})"
     r"(?P<suffix>\.\w+)"
 )
 _LEFTOVER_S = 24 * 3600.0  # age from which a half-written file is nobody's: no shard takes a day
-_STAMPS = "_stamps"  # folder of the stamps that were published from here
+STAMPS = "_stamps"  # folder of the stamps that were published from here
 _numbers = count()
 
 
@@ -47,7 +47,7 @@ class Store:
         for folder, _, files in os.walk(self.folder):
             for path in (Path(folder, file) for file in files):
                 stored = str(path.relative_to(self.folder))
-                if _STORED.fullmatch(stored):
+                if is_stored_name(stored):
                     with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                         entries.append(entry_of(stored, path.stat().st_size))
         return sorted(entries, key=lambda entry: entry.stored)
@@ -129,33 +129,40 @@ class Store:
         """When an entry was made, or brought in."""
         return self.path(entry).stat().st_mtime
 
+    def remove(self, entry: Entry) -> None:
+        self.path(entry).unlink(missing_ok=True)
+
+    def of_the_out(self, entries: dict[str, Entry]) -> dict[str, Path]:
+        """The files that a published out holds beside its stamp, by name."""
+        return {name: self.path(entry) for name, entry in entries.items()}
+
+    def has_published(self, out: Path, stage: str, recipe: Recipe) -> bool:
+        """Whether an out already holds this very run, complete, and nothing else."""
+        return is_published(out, stage, recipe)
+
     def note(self, stamp: Stamp) -> Path:
         """Keep a stamp that is published: from now on its shards may be superseded."""
-        path = self.folder / _STAMPS / f"{stamp.stamp}.json"
+        path = self.folder / STAMPS / f"{stamp.stamp}.json"
         write_json(path, stamp.model_dump())
         return path
 
     def published(self) -> set[str]:
         """The stored names that noted stamps name; one that is damaged names nothing."""
-        names = set()
-        for path in (self.folder / _STAMPS).glob("*.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                files = json.loads(path.read_text())["files"].values()
-                names |= {file["stored"] for file in files}
-        return names
+        paths = (self.folder / STAMPS).glob("*.json")
+        return set().union(*(stored_names(path.read_text(errors="replace")) for path in paths))
 
     def supersede(self, stamp: Stamp) -> None:
         """Remove what other published stamps name and this one does not, and what lost against a
         shard of this one."""
         kept, published = {file.stored for file in stamp.files.values()}, self.published()
-        for path in (self.folder / _STAMPS).glob("*.json"):
+        for path in (self.folder / STAMPS).glob("*.json"):
             if path.stem != stamp.stamp:
                 path.unlink()
         won = {(e.name, e.origin): e.round for e in self.entries() if e.stored in kept}
         for entry in self.entries():
             lost = entry.round <= won.get((entry.name, entry.origin), -1)
             if entry.stored not in kept and (lost or entry.stored in published):
-                self.path(entry).unlink(missing_ok=True)
+                self.remove(entry)
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written."""
@@ -164,6 +171,17 @@ class Store:
                 writer = path.name.split(PARTIAL)[0].rsplit("-", 1)[0]  # without the number
                 if not may_live(writer, time.time() - path.stat().st_mtime):
                     path.unlink()
+
+
+def stored_names(stamp: str) -> set[str]:
+    """What a noted stamp names; one that is damaged names nothing."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        return {file["stored"] for file in json.loads(stamp)["files"].values()}
+    return set()
+
+
+def is_stored_name(name: str) -> bool:
+    return _STORED.fullmatch(name) is not None
 
 
 def entry_of(stored: str, size: int) -> Entry:

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipeline.core.errors import PipelineError
+from pipeline.data.remote_shards import FILES, PROTOCOL, shards_in, url
 from pipeline.data.shards import open_shard
 
-TABLES = {  # name -> (shards below data/, the command that makes them)
-    "images": ("images/*.parquet", "download"),
-    "teacher": ("teacher/images/*.parquet", "teacher-embed"),
-    "texts": ("teacher/texts/*.parquet", "teacher-embed"),
-    "selection": ("selection/*.parquet", "select"),
-    "runs": ("runs/*.parquet", "evaluate"),
+TABLES = {  # name -> (folder of its shards below data/, the command that makes them)
+    "images": ("images", "download"),
+    "teacher": ("teacher/images", "teacher-embed"),
+    "texts": ("teacher/texts", "teacher-embed"),
+    "selection": ("selection", "select"),
+    "runs": ("runs", "evaluate"),
 }
 MEMORY = "50%"  # of the machine's, for SQL that a user wrote; it spills nowhere
 
@@ -36,27 +37,36 @@ def connect(data: Path, *readable: Path) -> duckdb.DuckDBPyConnection:
     damaged shard.
     """
     connection = duckdb.connect(config={"temp_directory": _spill_folder().name})
+    elsewhere = set()  # of shards that are links, as some of DVC's cache types make them
     for table, (shards, command) in TABLES.items():
-        pattern = f"{escape(str(data.resolve()))}/{shards}"
-        if any(data.glob(shards)):
+        if paths := shards_in(data / shards):
+            names = parquet_files(connection, data / shards)
             try:
                 connection.execute(
                     f"CREATE VIEW {table} AS SELECT * FROM "
-                    f"read_parquet({_quoted(pattern)}, union_by_name = {table == 'runs'})"
+                    f"read_parquet({_list(names)}, union_by_name = {table == 'runs'})"
                 )
             except duckdb.Error as error:
                 raise PipelineError(
-                    f"{pattern} cannot be read: {reason(error)}. Delete the damaged folder and run "
-                    f"`pipeline {command}` again."
+                    f"{data / shards} cannot be read: {reason(error)}. Delete the damaged folder and "
+                    f"run `pipeline {command}` again."
                 ) from None
-    elsewhere = {  # of shards that are links, as some of DVC's cache types make them
-        path.resolve().parent for shards, _ in TABLES.values() for path in data.glob(shards)
-    }
+            elsewhere |= {path.resolve().parent for path in paths}
     folders = [str(folder.resolve()) for folder in (data, *sorted(elsewhere), *readable)]
-    allowed = ", ".join(_quoted(f"{name}/") for name in [*folders, *map(escape, folders)])
-    connection.execute(f"SET allowed_directories = [{allowed}]")
+    allowed = [f"{name}/" for name in [*folders, *map(escape, folders)]]
+    connection.execute(f"SET allowed_directories = {_list([*allowed, url(Path('/'))])}")
     _lock(connection)
     return connection
+
+
+def parquet_files(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
+    """What read_parquet takes for a folder of shards, on a connection that is then able to."""
+    folder = folder.resolve()
+    if any(folder.glob("*.parquet")):
+        return [f"{escape(str(folder))}/*.parquet"]
+    if not connection.filesystem_is_registered(PROTOCOL):
+        connection.register_filesystem(FILES)
+    return [url(path) for path in shards_in(folder)]
 
 
 @cache
@@ -80,7 +90,7 @@ def confined(data: Path, memory: str = MEMORY) -> duckdb.DuckDBPyConnection:
         }
     )
     for table, (shards, command) in TABLES.items():
-        if paths := sorted(data.glob(shards)):
+        if paths := shards_in(data / shards):
             connection.register(
                 table, _dataset(paths if table == "runs" else paths[:1], paths, command)
             )
@@ -105,7 +115,12 @@ def _dataset(described: list[Path], paths: list[Path], command: str) -> ds.Datas
     declared = pa.schema([field.with_type(_readable(field.type)) for field in schema])
     options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     form = ds.ParquetFileFormat(default_fragment_scan_options=options)
-    return ds.dataset([str(path) for path in paths], schema=declared, format=form)
+    return ds.dataset(
+        [str(path) for path in paths],
+        schema=declared,
+        format=form,
+        filesystem=None if paths[0].exists() else FILES,
+    )
 
 
 def _readable(kind: pa.DataType) -> pa.DataType:
@@ -147,6 +162,10 @@ def ask(
         raise PipelineError(f"{reason(error)} Tables: {', '.join(TABLES)}.") from None
     except (duckdb.Error, pa.ArrowException, MemoryError) as error:
         raise PipelineError(reason(error)) from None
+
+
+def _list(values: list[str]) -> str:
+    return f"[{', '.join(map(_quoted, values))}]"
 
 
 def _quoted(value: object) -> str:

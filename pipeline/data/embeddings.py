@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import PipelineError
 from pipeline.data import database
+from pipeline.data.remote_shards import exists
 from pipeline.data.shards import (
     embedding_matrix,
     open_shard,
@@ -137,7 +138,7 @@ def caption_similarities(data: Path) -> pa.Table:
     ids, best = [np.zeros(0, "S1")], [np.zeros(0, np.float32)]
     for path in shard_paths(data / "teacher/images", "teacher-embed"):
         views, captions = list(first_views(path)), data / "teacher/texts" / path.name
-        if not views or not captions.is_file():
+        if not views or not exists(captions):
             continue
         keys = np.concatenate([part for part, _ in views])
         order = np.argsort(keys)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import command
+from pipeline.data.remote_shards import opened, shards_in
 
 VERSION = 2  # raise it when a schema or the order of rows changes
 ROWS_PER_GROUP = 256  # bounds a reader's memory: some megabytes of JPEGs
@@ -178,7 +179,7 @@ def in_groups(table: pa.Table, rows: int = ROWS_PER_GROUP) -> Iterable[pa.Table]
 
 def shard_paths(folder: Path, stage: str) -> list[Path]:
     """The shards of a folder, sorted. Raises PipelineError where there is none."""
-    if paths := sorted(folder.glob("*.parquet")):
+    if paths := shards_in(folder):
         return paths
     raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {command(stage)}` first.")
 
@@ -189,7 +190,7 @@ def open_shard(path: Path, stage: str) -> pq.ParquetFile:
     Raises PipelineError for a truncated or foreign file, with the command that mends it.
     """
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        return pq.ParquetFile(opened(path), page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
 

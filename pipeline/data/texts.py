@@ -1,7 +1,6 @@
 """Texts beside images: lists of prompts and templates that people write, ids of embedded texts."""
 
 import hashlib
-from glob import escape
 from itertools import chain
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import duckdb
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.provenance import read_text
+from pipeline.data.database import parquet_files
 
 CLASS = "{}"  # where a template takes a label
 
@@ -78,5 +78,6 @@ def box_texts(images: Path) -> list[str]:
 
 
 def _texts(sql: str, images: Path) -> list[str]:
-    rows = duckdb.connect().execute(sql, [f"{escape(str(images))}/*.parquet"]).fetchall()
+    connection = duckdb.connect()
+    rows = connection.execute(sql, [parquet_files(connection, images)]).fetchall()
     return [text for (text,) in rows]

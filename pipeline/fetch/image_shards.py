@@ -40,7 +40,8 @@ LISTED = (
 )  # what a row takes from its manifest as it is
 NO_IMAGE = dict.fromkeys(IMAGE_FACTS)
 OF_LISTS = {"manifest", "root", "rows_per_shard", "columns", "forget"}  # decide the lists alone
-NOT_OF_A_FETCH = {*OF_LISTS, "changed", "round", "image_size", "quality"}
+NO_BYTES = {*OF_LISTS, "store"}  # and where shards lie decides nothing
+NOT_OF_A_FETCH = {*NO_BYTES, "changed", "round", "image_size", "quality"}
 
 
 def plan_images(config: DownloadConfig, lists: list[Path], forgotten: Forgotten) -> Plan:
@@ -57,7 +58,7 @@ def plan_images(config: DownloadConfig, lists: list[Path], forgotten: Forgotten)
     return Plan(
         stage=STAGE,
         recipe=Recipe(
-            parameters=config.model_dump(exclude=OF_LISTS),
+            parameters=config.model_dump(exclude=NO_BYTES),
             versions=versions
             | {
                 "manifest": manifest.VERSION,
@@ -125,6 +126,8 @@ class ImageShards:
 
     def make(self, names: Iterable[str]) -> Iterator[Entry]:
         """Each shard as soon as it is finished and in the store, in no particular order."""
+        if not (names := list(names)):
+            return
         with TemporaryDirectory(dir=self.scratch) as own:
             yield from self._make(names, Path(own))
 

@@ -8,6 +8,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.layout import STAGES
 from pipeline.core.provenance import read_stamp, write_file
 from pipeline.data import shards
+from pipeline.data.remote_shards import shards_in
 from pipeline.fetch.policy import RETRYABLE
 
 STAGE = "download"
@@ -39,7 +40,7 @@ def _retryable(out: Path) -> int:
     """Rows of data/images that may succeed now."""
     statuses = (
         status
-        for path in out.glob("*.parquet")
+        for path in shards_in(out)
         for status in shards.read_shard(path, STAGE, ["status"])["status"].to_pylist()
     )
     return sum(status in RETRYABLE for status in statuses)

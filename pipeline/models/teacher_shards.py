@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +39,7 @@ def view_tables(
     known is not computed. on_images is told how many views each batch finished.
     """
     with open_shard(shard, "download") as file:
-        groups = [_good_rows(file, g, config, teacher) for g in range(file.num_row_groups)]
+        groups = [_good_rows(rows, config, teacher) for rows in _facts(file)]
         jobs = _jobs(file, groups, known)
         prepared = chain.from_iterable(ahead(_preparer(teacher), jobs, workers, config.batch))
         for batch in _batched(prepared, config.batch):
@@ -80,20 +81,28 @@ def embed_texts(
     return {text: known[text] for text in distinct}
 
 
-def _good_rows(
-    file: pq.ParquetFile, group: int, config: TeacherEmbedConfig, teacher: Teacher
-) -> list[dict]:
+def _facts(file: pq.ParquetFile) -> Iterator[list[dict]]:
+    """Of the rows of each row group; read at once, since a remote store takes long to answer."""
+    facts, start = file.read(columns=FACTS), 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        yield facts.slice(start, count).to_pylist()
+        start += count
+
+
+def _good_rows(rows: list[dict], config: TeacherEmbedConfig, teacher: Teacher) -> list[dict]:
     """Facts and all views' boxes of the good images of one row group."""
-    rows = file.read_row_group(group, columns=FACTS).to_pylist()
-    good = [row | {"row": i} for i, row in enumerate(rows) if row["status"] == "ok"]
+    good: list[dict[str, Any]] = [
+        row | {"row": i} for i, row in enumerate(rows) if row["status"] == "ok"
+    ]
     for row in good:
-        content = row["sha256"], row["width"], row["height"]
-        own = canonical_view(*content[1:], teacher.preprocessing.resize_mode, teacher.image_size)
+        size = row["width"], row["height"]
+        own = canonical_view(*size, teacher.preprocessing.resize_mode, teacher.image_size)
         row["views"] = [own] + [
             random_view(
-                content[0],
+                row["sha256"],
                 v,
-                *content[1:],
+                *size,
                 (config.crop_area[0], config.crop_area[1]),
                 (config.crop_ratio[0], config.crop_ratio[1]),
                 config.seed,
@@ -106,19 +115,26 @@ def _good_rows(
 def _jobs(
     file: pq.ParquetFile, groups: list[list[dict]], known: Known
 ) -> Iterator[tuple[list, list[View], bytes]]:
-    """(keys, views, jpg) of each image with unknown views, reading one row group at a time."""
-    queued = set(known)
+    """(keys, views, jpg) of each image with unknown views, reading one row group ahead."""
+    queued, wanted = set(known), []
     for g, rows in enumerate(groups):
-        jpgs = None
+        jobs = []
         for row in rows:
             keys = [(row["sha256"], v) for v in range(len(row["views"]))]
             missing = [key for key in keys if key not in queued]
-            if not missing:
-                continue
-            queued.update(missing)
-            if jpgs is None:
-                jpgs = file.read_row_group(g, columns=["jpg"])["jpg"]
-            yield missing, [row["views"][v] for _, v in missing], jpgs[row["row"]].as_py()
+            if missing:
+                queued.update(missing)
+                jobs.append((missing, [row["views"][v] for _, v in missing], row["row"]))
+        if jobs:
+            wanted.append((g, jobs))
+
+    def read(of_group: tuple[int, list]) -> tuple[list, pa.ChunkedArray]:
+        group, jobs = of_group
+        return jobs, file.read_row_group(group, columns=["jpg"])["jpg"]
+
+    for jobs, jpgs in ahead(read, wanted, 1, 2):
+        for missing, views, at in jobs:
+            yield missing, views, jpgs[at].as_py()
 
 
 def _preparer(teacher: Teacher) -> Callable:

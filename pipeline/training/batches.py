@@ -30,6 +30,7 @@ from pipeline.training.dataset import Dataset
 from pipeline.training.sampler import Sampler
 
 AHEAD = 2  # batches that workers prepare while one is used
+READ_AHEAD = 4  # steps before which row groups of a remote store are asked for
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -60,12 +61,17 @@ class TrainingOrder:
             return self.image_sizes[0]
         return int(np.random.default_rng([self.sampler.seed, step]).choice(self.image_sizes))
 
-    def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
+    def rows(self, step: int, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """Numbers of the rows, epoch, seed."""
         position = self.sampler.position(step)
-        for row in map(int, self.sampler.rows(position, start, stop)):
-            sample = dataset.sample(row, position.epoch, position.seed)
+        return self.sampler.rows(position, start, stop), position.epoch, position.seed
+
+    def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
+        rows, epoch, seed = self.rows(step, start, stop)
+        for row in map(int, rows):
+            sample = dataset.sample(row, epoch, seed)
             if self.min_crop_area < 1:
-                sample = cropped(sample, self.min_crop_area, position.seed, position.epoch, row)
+                sample = cropped(sample, self.min_crop_area, seed, epoch, row)
             yield sample
 
 
@@ -79,10 +85,15 @@ class GivenOrder:
     def image_size(self, step: int) -> int:
         return self.image_sizes[0]
 
-    def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
+    def rows(self, step: int, start: int, stop: int) -> tuple[np.ndarray, int, int]:
+        """Numbers of the rows, epoch, seed."""
         first = step * self.batch
-        for row in self.numbers[first + start : first + min(stop, self.batch)]:
-            yield dataset.sample(int(row))
+        return self.numbers[first + start : first + min(stop, self.batch)], 0, 0
+
+    def samples(self, dataset: Dataset, step: int, start: int, stop: int) -> Iterator[Sample]:
+        rows, _, _ = self.rows(step, start, stop)
+        for row in map(int, rows):
+            yield dataset.sample(row)
 
 
 def training_batches(
@@ -259,7 +270,10 @@ class Filler:
         side = self.order.image_size(step)
         seen = sized(self.pixels[slot], side).numpy()
         shown, position, undecodable, length = [], [], [], 0
-        samples = self.order.samples(self.dataset, step, self.first + start, self.first + stop)
+        part = self.first + start, self.first + stop
+        if self.dataset.remote:
+            self.dataset.read_ahead(*self.order.rows(step + READ_AHEAD, *part))
+        samples = self.order.samples(self.dataset, step, *part)
         for at, sample in enumerate(samples, start):
             pixels, length = self.dataset.pixels(sample, side), len(sample.target)
             if pixels is None:

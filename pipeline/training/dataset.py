@@ -6,6 +6,7 @@ Memory: 12 bytes a row, and the row groups that are in use.
 import math
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,10 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.records import RowAddress, Sample
 from pipeline.data import database
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.data.shards import embedding_matrix, open_shard
+from pipeline.data.shards import embedding_matrix, open_shard, shard_paths
 from pipeline.data.views import view_pixels
 
+READERS = 8  # row groups of a remote store that are read at once
 BOX = ["left", "top", "right", "bottom"]
 
 
@@ -58,9 +60,13 @@ class Dataset:
     ) -> None:
         self.data, self.views, self.captions = data, views, captions
         self.image_size, self.interpolation = image_size, interpolation
-        self._cache_size = groups_in_use + 8  # some are about to be left
-        pattern = str(data.resolve() / "images/*.parquet")
-        kept = database.connect(data).execute(INDEX, [pattern, split]).fetchnumpy()
+        self.remote = not shard_paths(data / "images", "download")[0].exists()
+        self._cache_size = (
+            groups_in_use * (2 if self.remote else 1) + 8
+        )  # some are about to be left
+        connection = database.connect(data)
+        files = database.parquet_files(connection, data / "images")
+        kept = connection.execute(INDEX, [files, split]).fetchnumpy()
         if not len(kept["row"]):
             raise PipelineError(
                 f"data/selection keeps no image for {split}. Change select.where, val or test in "
@@ -80,11 +86,12 @@ class Dataset:
         self.__setstate__({})
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_groups")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_groups", "_pool")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
         self._lock, self._groups = threading.Lock(), OrderedDict()
+        self._pool = ThreadPoolExecutor(READERS)  # whose threads start when they are needed
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -95,7 +102,7 @@ class Dataset:
     def sample(self, row: int, epoch: int = 0, seed: int = 0) -> Sample:
         """A row as an epoch shows it. Raises PipelineError where its view is not stored."""
         shard, group, at = self.address(row)
-        view = (_mixed(seed, shard, group) + epoch) % self.views
+        view = self._view(shard, group, epoch, seed)
         row_group = self._group(shard, group, view)
         image_id = row_group.image_ids[at].as_py()
         if image_id not in row_group.index:
@@ -114,6 +121,14 @@ class Dataset:
             text,
         )
 
+    def read_ahead(self, rows: np.ndarray, epoch: int, seed: int) -> None:
+        """Begin to read the row groups of rows that an epoch shows soon, from a remote store."""
+        visited = np.unique(np.searchsorted(self.edges, rows, side="right") - 1)
+        for row in self.edges[visited]:
+            shard, group, _ = self.address(int(row))
+            with self._lock:
+                self._begun(shard, group, self._view(shard, group, epoch, seed))
+
     def pixels(self, sample: Sample, image_size: int | None = None) -> np.ndarray | None:
         """What the teacher saw, at image_size or the student's: (S, S, 3) uint8; None if damaged."""
         try:
@@ -126,15 +141,33 @@ class Dataset:
     def _path(self, folder: str, shard: int) -> Path:
         return self.data / folder / f"{shard:05}.parquet"
 
+    def _view(self, shard: int, group: int, epoch: int, seed: int) -> int:
+        return (_mixed(seed, shard, group) + epoch) % self.views
+
     def _group(self, *key: int) -> _Group:
         """The row group of a shard, group and view, from a small cache."""
         with self._lock:
-            if key not in self._groups:
-                self._groups[key] = self._read_group(*key)
-                if len(self._groups) > self._cache_size:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(key)
-            return self._groups[key]
+            begun = self._begun(*key)
+        try:
+            return begun.result()
+        except PipelineError:
+            with self._lock:
+                self._groups.pop(key, None)
+            raise
+
+    def _begun(self, *key: int) -> "Future[_Group]":
+        """Is read here, or by a thread where the shard lies far away; call it with the lock."""
+        if key not in self._groups:
+            if self.remote:
+                begun = self._pool.submit(self._read_group, *key)
+            else:
+                begun = Future()
+                begun.set_result(self._read_group(*key))
+            self._groups[key] = begun
+            if len(self._groups) > self._cache_size:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
 
     def _read_group(self, shard: int, group: int, view: int) -> _Group:
         with open_shard(self._path("images", shard), "download") as file:

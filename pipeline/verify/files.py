@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.layout import BY_FOLDER, FOLDERS, STAGES, STAMP_FILE, command
-from pipeline.core.provenance import digest, file_digest, outdated_inputs, stamp_of, summary_of
+from pipeline.core.provenance import digest, outdated_inputs, stamp_of, summary_of
 from pipeline.core.records import Stamp
 from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
+from pipeline.data.remote_shards import CACHE, exists, opened, shard_digest
 from pipeline.fetch.forget import JUDGED, image_id
 from pipeline.fetch.policy import STATUSES
 from pipeline.fetch.segmentation_masks import png_size
@@ -115,7 +116,7 @@ def _teacher_claims(data: Path, stamp: Stamp) -> dict[str, Any]:
     """What the summary of data/teacher must say, as its files and its recipe say it."""
     rows = {"images": 0, "texts": 0}
     for name in stamp.files:
-        rows[name.split("/")[0]] += pq.read_metadata(data / "teacher" / name).num_rows
+        rows[name.split("/")[0]] += pq.read_metadata(opened(data / "teacher" / name)).num_rows
     parameters = stamp.recipe.parameters
     if stamp.stage == IMPORTED:
         names = ("teacher", "preprocessing")
@@ -150,10 +151,10 @@ def file_findings(data: Path, stamps: Stamps, progress: Progress) -> list[Findin
 
 def _damage(path: Path, sha256: str | None) -> str | None:
     """What is wrong with a file's bytes; None for a sound one. sha256 None: only that it reads."""
-    if not path.is_file():
+    if not exists(path):
         return "missing"
     try:
-        if sha256 and (actual := file_digest(path)) != sha256:
+        if sha256 and (actual := shard_digest(path)) != sha256:
             return f"SHA-256 {actual}, its stamp says {sha256}"
         if path.suffix == ".parquet":
             for _ in _groups(path):
@@ -164,7 +165,7 @@ def _damage(path: Path, sha256: str | None) -> str | None:
 
 
 def _groups(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(opened(path), page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=columns)
 
@@ -185,7 +186,7 @@ def chain_findings(data: Path, stamps: Stamps) -> list[Finding]:
 
 def leftover_findings(data: Path) -> list[Finding]:
     """Work folders belong to stages."""
-    known = {*STAGES, "lock"}
+    known = {*STAGES, "lock", CACHE}
     return [
         Finding("work under way belongs to a stage", f".work/{p.name}", "of no stage", f"rm -r {p}")
         for p in sorted(data.glob(".work/*"))
@@ -227,7 +228,7 @@ def _made(path: Path) -> dict:
 
 def _has_schema(path: Path, schema: pa.Schema, faults: dict) -> bool:
     """Note a file of other columns under faults."""
-    found = pq.read_schema(path)
+    found = pq.read_schema(opened(path))
     if not found.equals(schema, check_metadata=False):
         faults[f"its columns are {', '.join(found.names)}"] = [path.name]
         return False

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
+from pipeline.data.database import TABLES
+from pipeline.data.remote_shards import opened, shards_in
 from pipeline.data.shards import read_shard
 from pipeline.fetch.forget import Forgotten
 from pipeline.verify.files import Finding
@@ -32,7 +34,8 @@ def forgotten_findings(data: Path, forgotten: Forgotten) -> list[Finding]:
         return []
     words = sorted({*ids, *forgotten.lines.values(), *forgotten.sha256})
     findings = []
-    for path in sorted(p for p in data.rglob("*") if p.is_file()):
+    shards = [p for folder, _ in TABLES.values() for p in shards_in(data / folder)]  # also remote
+    for path in sorted({*shards, *(p for p in data.rglob("*") if p.is_file())}):
         held = set(_held_in(path, ids, forgotten, words))
         if held:
             place = str(path.relative_to(data))
@@ -45,7 +48,7 @@ def forgotten_findings(data: Path, forgotten: Forgotten) -> list[Finding]:
 def _forgotten_rows(data: Path) -> set[str]:
     """image_ids of rows that are forgotten already: some were named by their bytes."""
     ids: set[str] = set()
-    for path in data.glob("images/*.parquet"):
+    for path in shards_in(data / "images"):
         try:
             table = read_shard(path, "download", ["image_id", "status"])
         except PipelineError:
@@ -66,7 +69,7 @@ def _held_in(path: Path, ids: set[str], forgotten: Forgotten, words: list[str]) 
 
 
 def _held_in_parquet(path: Path, ids: set[str], forgotten: Forgotten) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(opened(path)) as file:
         names = set(file.schema_arrow.names)
         keys = [name for name in ("image_id", "sha256_original", "sha256") if name in names]
         rest = sorted(names - LEFT - MARKS)

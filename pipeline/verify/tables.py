@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.core.layout import STAGES, STAMP_FILE
 from pipeline.core.provenance import digest, summary_of
 from pipeline.core.records import Preprocessing
+from pipeline.data.database import parquet_files
 from pipeline.data.pixels import decode
 from pipeline.data.views import view_pixels
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
@@ -171,9 +172,12 @@ def connection_over(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config={"temp_directory": tempfile.gettempdir()})
     for table, (folder, pattern) in TABLES.items():
         names = stamps[folder].files if folder in stamps else ()
-        paths = [str(data / folder / name) for name in names if fnmatch(name, pattern)]
+        paths = [data / folder / name for name in names if fnmatch(name, pattern)]
         if paths:
-            connection.read_parquet(paths).create_view(table)
+            files = [str(path) for path in paths]
+            if not paths[0].exists():
+                files = parquet_files(connection, paths[0].parent)
+            connection.read_parquet(files).create_view(table)
     return connection
 
 

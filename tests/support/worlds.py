@@ -49,6 +49,7 @@ def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
     values = {
         "manifest": str(manifest),
         "root": str(root),
+        "store": "local",
         "rows_per_shard": 21,
         "round": 0,
         "image_size": IMAGE_SIZE,
@@ -72,6 +73,7 @@ def download_config(manifest: Path, root: Path, **changes) -> DownloadConfig:
 def teacher_config(card: Path, prompts: Path, **changes) -> TeacherEmbedConfig:
     values = {
         "card": str(card),
+        "store": "local",
         "views": 2,
         "crop_area": [0.5, 1.0],
         "crop_ratio": [0.75, 1.3333],
