@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.remote import has_address
 from pipeline.data.database import TABLES
 from pipeline.data.remote_shards import opened, shards_in
 from pipeline.data.shards import read_shard
@@ -115,6 +116,8 @@ def elsewhere(project: Path) -> list[str]:
         if remote := re.fullmatch(r"'?remote \"(.+)\"'?", section):
             name = remote[1]
             held.append(f"DVC's remote {name}: dvc gc --workspace --cloud --remote {name}")
+    if has_address():
+        held.append("the remote store holds what older stamps name: docs/store.md, Deleting")
     return [
         *held,
         "other clones, exports, and stores of other machines: run the same there",
