@@ -9,13 +9,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support import object_store, worlds
 from support import server as web
-from support import worlds
 from support.checkout import ROOT, Checkout
 
 from pipeline.core.dvc_cache import locks_other_images
 from pipeline.core.errors import PipelineError
 from pipeline.core.presets import write_preset
+from pipeline.core.provenance import stamp_of
 from pipeline.fetch.retry import begin_round
 
 COUNT = 12
@@ -202,3 +203,49 @@ def test_a_lock_of_another_manifest_is_told_apart(tmp_path, manifest, other):
     assert locks_other_images(tmp_path / "data") is other
     (tmp_path / "dvc.lock").write_text("no lock")
     assert not locks_other_images(tmp_path / "data")
+
+
+@pytest.mark.slow
+def test_through_dvc_a_clone_pulls_stamps_and_pays_for_one_image(
+    site, monkeypatch, tmp_path, tiny_teacher
+):
+    with object_store.server() as port:
+        object_store.named(
+            monkeypatch, object_store.ObjectStore(port, f"s3://{object_store.BUCKET}/x")
+        )
+        through_dvc(site, tmp_path, tiny_teacher)
+
+
+def through_dvc(site, tmp_path, tiny_teacher) -> None:
+    (tmp_path / "first").mkdir()
+    first = Checkout(tmp_path / "first")
+    write_urls(first, [site.url(f"/{i:02}.png") for i in range(COUNT)])
+    first.set(
+        download={
+            "manifest": "manifests/urls.csv", "root": "manifests/prompts", "rows_per_shard": 4,
+            "image_size": 32, "retries": 0, "timeout": 2.0, "allow": ["127.0.0.0/8"], "store": "remote",
+        },
+        teacher_embed={"card": str(tiny_teacher), "batch": 4, "store": "remote"},
+        select={"val": 0.4, "test": 0.3},
+    )  # fmt: skip
+    first.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    first.run("dvc", "repro", "select")
+    first.run("dvc", "push")
+    assert len(requested(site)) == COUNT
+    pushed = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert sum(path.read_bytes().startswith(b"PAR1") for path in pushed) == 1  # the selection
+
+    second = clone(first, tmp_path / "second")
+    second.run("dvc", "pull", "download", "teacher_embed", "select")
+    assert "up to date" in second.run("dvc", "status", "download", "teacher_embed", "select")
+    write_urls(second, [site.url(f"/{i:02}.png") for i in range(COUNT + 1)])
+    second.run("dvc", "repro", "select")
+    assert requested(site) == [f"/{COUNT}.png"] and embedded(second) == 1
+
+    second.set(download={"store": "local"}, teacher_embed={"store": "local"})
+    names = ("images", "teacher", "selection")
+    stamps = [stamp_of(second.folder / "data", name) for name in names]
+    assert "'select' didn't change" in second.run("dvc", "repro", "select")
+    assert not requested(site) and embedded(second) == 0
+    assert len(list((second.folder / "data/images").glob("*.parquet"))) > 1
+    assert stamps == [stamp_of(second.folder / "data", name) for name in names]
