@@ -16,17 +16,20 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.core import remote
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import ADDRESS, STAMP_FILE, STORE, WORK
+from pipeline.core.layout import ADDRESS, CACHE, STAMP_FILE, STORE, WORK
 from pipeline.core.plans import carry_out, publish, store_of, unneeded
 from pipeline.core.provenance import read_stamp, stamp_of
 from pipeline.core.records import Stamp
+from pipeline.core.remote_store import cached
 from pipeline.data import database, remote_shards, shards
 from pipeline.explore.query_vectors import Queries, stored_image
 from pipeline.explore.search import Collection
+from pipeline.fetch.forget import Forgotten
 from pipeline.training.batches import READ_AHEAD, TrainingOrder
 from pipeline.training.dataset import BOX, Dataset
 from pipeline.training.sampler import Sampler
 from pipeline.training.trainer import Trainer
+from pipeline.verify.forgotten import forgotten_findings
 from pipeline.verify.verify import verify
 from stages.distill import distill
 from stages.download import download
@@ -291,6 +294,25 @@ def test_shards_go_into_the_store_and_come_back_without_being_made(asked, tmp_pa
     assert not local.has_published(tmp_path / "images", "download", plan.recipe)
     assert publish(plan, local, tmp_path, carry_out(plan, maker, local, tmp_path), {}) == first
     assert not maker.made and len(list((tmp_path / "images").glob("*.parquet"))) == 2
+
+
+def test_what_was_read_of_a_shard_goes_with_it(asked, tmp_path, monkeypatch):
+    """It may hold an image that must be forgotten."""
+    monkeypatch.setenv(ADDRESS, f"s3://{object_store.BUCKET}/forgotten")
+    published(tmp_path, 1)
+    for path in remote_shards.shards_in(tmp_path / "images"):
+        with remote_shards.opened(path) as shard:
+            assert shard.read(8)
+    cache = tmp_path / WORK / CACHE
+    shutil.copytree(cache, tmp_path / "kept")
+    assert len(cached(tmp_path)) == 2
+    published(tmp_path, 2)
+    assert not cached(tmp_path)
+    forgotten = Forgotten({"0" * 32: "0" * 32}, frozenset())
+    assert forgotten_findings(tmp_path, forgotten) == []
+    shutil.copytree(tmp_path / "kept", cache, dirs_exist_ok=True)
+    findings = forgotten_findings(tmp_path, forgotten)
+    assert {finding.run for finding in findings} == {f"rm -r {cache}"} and len(findings) == 2
 
 
 # Bytes

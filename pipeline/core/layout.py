@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WORK = ".work"  # below data/: what is under way, never an artifact
+CACHE = "cache"  # below data/.work: what was read of shards in a remote store
 STORE = ".store"  # below data/: finished shards, to which outs are links
 ADDRESS = "EXTRAHEAD_STORE"  # environment variable: where the remote store is
 RUNS = "runs"  # below data/: one small Parquet row per finished run

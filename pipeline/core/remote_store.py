@@ -1,12 +1,13 @@
 """The finished shards of a stage in a remote store; see `pipeline.core.remote` for what that is."""
 
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 from pipeline.core import remote
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import ADDRESS, STAMP_FILE
+from pipeline.core.layout import ADDRESS, CACHE, STAMP_FILE, WORK
 from pipeline.core.outs import recipe_digest
 from pipeline.core.provenance import file_digest, read_stamp, write_json
 from pipeline.core.records import Entry, Recipe, Stamp
@@ -83,7 +84,18 @@ class RemoteStore(Store):
         return set().union(*(stored_names(remote.read(key).decode()) for key in keys))
 
     def supersede(self, stamp: Stamp) -> None:
+        """Remove from this disk what was read of other shards: an image in them may be forgotten."""
         (self.folder / STAMPS / f"{stamp.digest}.json").unlink(missing_ok=True)  # it was sent
+        named = {self._key(file.stored) for file in stamp.files.values() if file.stored}
+        for key, folder in cached(self.folder.parents[1]).items():
+            if key not in named and key.startswith(self._key("")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def cached(data: Path) -> dict[str, Path]:
+    """Key of an object -> the folder of what was read of it."""
+    cache = data / WORK / CACHE
+    return {str(folder.relative_to(cache)): folder for folder in cache.rglob("*.parquet")}
 
 
 def bring_back(store: Store, stamp: Stamp) -> None:

@@ -4,8 +4,8 @@ A shard is always called by its path in data/ (or in data/.store). Where no such
 the stamp beside it says which object of the store it is. `opened` is what pyarrow opens, `FILES` the
 same as a file system, for DuckDB and for datasets; both read only.
 
-What was read is kept in data/.work/cache, range by range as it was asked for, up to LIMIT bytes, the
-least recently used going first: the next epoch, and a second reader of a footer, ask the store for
+What was read is kept in data/.work/cache/<object>, range by range as it was asked for, up to LIMIT
+bytes, the least recently used going first: the next epoch, and a second reader of a footer, ask the store for
 nothing. Objects never change, so what is kept is never out of date.
 """
 
@@ -23,14 +23,13 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.core import remote
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import STAMP_FILE, STORE, WORK
+from pipeline.core.layout import CACHE, STAMP_FILE, STORE, WORK
 from pipeline.core.provenance import file_digest, read_stamp
 from pipeline.core.records import Stamp
 from pipeline.core.store import is_stored_name, process_name
 
 LIMIT = int(float(os.environ.get("EXTRAHEAD_CACHE_GB", "8")) * 1e9)  # bytes of data/.work/cache
 PROTOCOL = "shards"  # of the paths by which DuckDB knows them
-CACHE = "cache"  # below data/.work
 PIECE = 1 << 24  # bytes that are read at a time where a whole shard is
 _BETWEEN_SWEEPS = 1 << 26  # bytes that a process adds to the cache before it looks at its size
 
@@ -211,13 +210,12 @@ def url(path: Path) -> str:
 
 def _kept(shard: Shard, start: int, stop: int) -> bytes:
     """A range of a shard: from the cache, or from the store into the cache."""
-    name = hashlib.sha256(f"{shard.key} {start} {stop}".encode()).hexdigest()
-    path = shard.cache / name[:2] / name[2:]
+    path = shard.cache / shard.key / f"{start}-{stop}"
     with suppress(OSError):
-        found = path.read_bytes()
-        if len(found) == stop - start + 4 and found[-4:] == _check(found[:-4]):
+        data, check = (kept := path.read_bytes())[:-4], kept[-4:]
+        if len(data) == stop - start and check == _check(data):
             os.utime(path)
-            return found[:-4]
+            return data
     data = remote.read(shard.key, start, stop)
     with suppress(OSError):  # a full disk: nothing is kept then
         _keep(shard.cache, path, data)
@@ -251,13 +249,14 @@ def _keep(cache: Path, path: Path, data: bytes) -> None:
 
 def _sweep(cache: Path) -> None:
     """Remove what was not used for longest, until the cache is below its limit."""
-    found = []
-    for path in cache.glob("*/*"):
+    ranges = []
+    for path in cache.rglob("*-*"):
         with suppress(FileNotFoundError):  # another process sweeps too
-            status = path.stat()
-            found.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
+            if path.is_file():
+                status = path.stat()
+                ranges.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in ranges)
+    for _, size, path in sorted(ranges):
         if total <= LIMIT:
             return
         path.unlink(missing_ok=True)

@@ -36,6 +36,8 @@ class _Later(ModuleType):
     """Stands for a module that is imported when it is used."""
 
     def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:  # asked for while img2dataset is imported
+            del sys.modules[self.__name__]
         return getattr(import_module(self.__name__), name)
 
 
@@ -46,8 +48,9 @@ try:
     from img2dataset import downloader
     from img2dataset.logger import LoggerProcess
 finally:
-    for _name in _later:
-        del sys.modules[_name]
+    for _name, _module in _later.items():
+        if sys.modules.get(_name) is _module:
+            del sys.modules[_name]
 
 
 def run() -> None:

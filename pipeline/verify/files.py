@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import BY_FOLDER, FOLDERS, STAGES, STAMP_FILE, command
+from pipeline.core.layout import BY_FOLDER, CACHE, FOLDERS, STAGES, STAMP_FILE, command
 from pipeline.core.provenance import digest, outdated_inputs, stamp_of, summary_of
 from pipeline.core.records import Stamp
 from pipeline.core.threads import ahead
 from pipeline.data import shards
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.data.remote_shards import CACHE, exists, opened, shard_digest
+from pipeline.data.remote_shards import exists, opened, shard_digest
 from pipeline.fetch.forget import JUDGED, image_id
 from pipeline.fetch.policy import STATUSES
 from pipeline.fetch.segmentation_masks import png_size

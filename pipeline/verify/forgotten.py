@@ -7,6 +7,7 @@ they are written. Pictures that are drawn (a report's thumbnails) can only be ma
 import configparser
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.layout import CACHE, WORK
+from pipeline.core.provenance import stamp_of
 from pipeline.core.remote import has_address
+from pipeline.core.remote_store import cached
 from pipeline.data.database import TABLES
 from pipeline.data.remote_shards import opened, shards_in
 from pipeline.data.shards import read_shard
@@ -43,7 +47,22 @@ def forgotten_findings(data: Path, forgotten: Forgotten) -> list[Finding]:
             folder = data / place.split("/")[0]
             found = f"{', '.join(sorted(held)[:3])}{' ...' if len(held) > 3 else ''}"
             findings.append(Finding(PROMISE, place, found, MEND.format(folder=folder)))
-    return findings
+    return findings + _unnamed_ranges(data)
+
+
+def _unnamed_ranges(data: Path) -> list[Finding]:
+    """What was read of shards in a remote store that data/ does not name any more."""
+    named = set()
+    for folder in ("images", "teacher"):
+        with suppress(PipelineError):
+            files = stamp_of(data, folder).files.values()
+            named |= {f"{folder}/{file.stored}" for file in files if file.stored}
+    cache = data / WORK / CACHE
+    return [
+        Finding(PROMISE, str(folder.relative_to(data)), "of a superseded shard", f"rm -r {cache}")
+        for key, folder in sorted(cached(data).items())
+        if key not in named
+    ]
 
 
 def _forgotten_rows(data: Path) -> set[str]:
@@ -66,7 +85,8 @@ def _held_in(path: Path, ids: set[str], forgotten: Forgotten, words: list[str]) 
             return
         except (pa.ArrowException, OSError):
             pass  # half written or damaged: its bytes may hold something all the same
-    yield from _held_in_bytes(path, words)
+    if path.is_file():  # a damaged object of a remote store is found by its digest
+        yield from _held_in_bytes(path, words)
 
 
 def _held_in_parquet(path: Path, ids: set[str], forgotten: Forgotten) -> Iterator[str]:
