@@ -293,7 +293,10 @@ def test_one_shard_more_rewrites_one_and_keeps_the_files_of_the_others(world, tm
     after = out_bytes(tmp_path)
     assert len(after) == len(before) + 1
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"00001.parquet", "_stamp.json"}
+    (new,) = set(after) - set(before)
+    # the urls have a port of their own in each run: once in a while no row of shard 1 moves
+    moved = pq.read_metadata(tmp_path / "data/images" / new).num_rows
+    assert changed == ({"00001.parquet", "_stamp.json"} if moved else {"_stamp.json"})
 
 
 def test_an_image_stays_when_its_host_is_gone(tmp_path):
