@@ -42,7 +42,6 @@ def test_dvc_repro_beside_a_running_distill_takes_nothing_away(tmp_path, tiny_te
 def test_every_reader_takes_outs_that_are_symbolic_links(tmp_path, tiny_teacher):
     """DVC's cache type symlink: each stage of a repro reads what DVC has linked before it."""
     checkout = small(tmp_path, tiny_teacher)
-    checkout.set(evaluate={"segmentation": {"card": str(tiny_teacher)}})  # not the demo's
     checkout.run("dvc", "config", "cache.type", "symlink")
     checkout.run("dvc", "repro", "evaluate")
     outs = [path for folder in ("images", "teacher", "selection", "student")

@@ -36,7 +36,8 @@ def small(folder: Path, card: Path) -> Checkout:
         teacher_embed={"card": str(card), "batch": 4, "dtype": "float32"},
         select={"val": 0.1, "test": 0.2},
         distill={"student": STUDENT, "image_sizes": [STUDENT["image_size"]], **DISTILL},
-        evaluate={"batch": 16, "prompts": ["a red circle"]},
+        # the demo's card would have DVC train the demo's teacher
+        evaluate={"batch": 16, "prompts": ["a red circle"], "segmentation": {"card": str(card)}},
     )  # fmt: skip
     return checkout
 
