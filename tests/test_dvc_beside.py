@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 from support import worlds
+from support.checkout import small
+from support.files import digests
 from support.server import wait_until
-from test_pipeline import digests, small
 
 READERS = (
     ("query", "SELECT count(*) AS n FROM images JOIN teacher USING (image_id) JOIN texts USING (image_id)"),

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_store
+from support import plans
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.inputs import own_inputs
@@ -15,31 +15,31 @@ READER = "teacher_embed"  # which reads data/images
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    test_store.run(tmp_path / "data", test_store.plan_of(1))
+    plans.run(tmp_path / "data", plans.plan_of(1))
     return tmp_path / "data"
 
 
 def test_inputs_stay_while_dvc_deletes_and_replaces_the_out(data):
-    expected = test_store.texts(data)
+    expected = plans.texts(data)
     with own_inputs(data, READER) as inputs:
         shutil.rmtree(data / "images")
-        assert test_store.texts(inputs) == expected
-        test_store.run(data, test_store.plan_of(2))
-        assert test_store.texts(inputs) == expected
+        assert plans.texts(inputs) == expected
+        plans.run(data, plans.plan_of(2))
+        assert plans.texts(inputs) == expected
         assert (inputs / "images/_stamp.json").is_file()
     assert not inputs.exists()
-    assert test_store.texts(data) == test_store.origins(test_store.plan_of(2))
+    assert plans.texts(data) == plans.origins(plans.plan_of(2))
 
 
 def test_an_out_of_symbolic_links_is_read_as_files(data, tmp_path):
     """As DVC makes it where its cache type is symlink."""
-    expected, cache = test_store.texts(data), tmp_path / "cache"
+    expected, cache = plans.texts(data), tmp_path / "cache"
     shutil.move(data / "images", cache)
     (data / "images").mkdir()
     for path in cache.iterdir():
         (data / "images" / path.name).symlink_to(path)
     with own_inputs(data, READER) as inputs:
-        assert test_store.texts(inputs) == expected
+        assert plans.texts(inputs) == expected
         assert not any(path.is_symlink() for path in inputs.rglob("*"))
 
 
@@ -49,7 +49,7 @@ def test_inputs_on_another_file_system_are_linked_symbolically(data, monkeypatch
 
     monkeypatch.setattr(os, "link", other_file_system)
     with own_inputs(data, READER) as inputs:
-        assert test_store.texts(inputs) == test_store.texts(data)
+        assert plans.texts(inputs) == plans.texts(data)
 
 
 def test_an_input_that_goes_while_it_is_linked_is_named(data):

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 from support import finished, worlds
+from support.files import out_bytes
 from support.network import Network
 from support.server import wait_until
-from test_parts import out_bytes
 
 STEPS = 300
 WEIGHTS = ("model.safetensors", "last/model.safetensors", "training.csv")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from support import worlds
+from support.files import out_bytes
 
 from pipeline.cluster.parts import Share, parse_share
 from pipeline.core.errors import PipelineError
@@ -123,11 +124,6 @@ class Bench:
         said = self.run(command, data)
         assert out_bytes(data / OUTS[command]) == out_bytes(self.reference / OUTS[command])
         return said
-
-
-def out_bytes(out: Path) -> dict[str, bytes]:
-    files = sorted(path for path in out.rglob("*") if path.is_file())
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

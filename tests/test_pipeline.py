@@ -1,45 +1,18 @@
 """The whole pipeline through DVC, on a small world with a real open_clip teacher of random weights."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
-from support import worlds
-from support.checkout import ROOT, Checkout
+from support.checkout import DISTILL, ROOT, Checkout, small
+from support.files import digests
 
 README = (ROOT / "README.md").read_text()
-STUDENT = {"image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1}
-DISTILL = {"steps": 12, "batch": 16, "warmup": 2, "validate_every": 4, "precision": "float32"}
 STAGE_FOLDERS = ("images", "teacher", "selection", "student", "evaluation")
-
-
-def small(folder: Path, card: Path) -> Checkout:
-    """A checkout whose parameters name 60 pictures and the tiny teacher."""
-    checkout = Checkout(folder)
-    pictures = folder / "manifests/pictures"
-    pictures.mkdir()
-    for i in range(60):
-        (pictures / f"{i}.jpg").write_bytes(worlds.picture(i, kind="JPEG", quality=95))
-    rows = [{"url": f"file:{i}.jpg", "caption": f"picture {i}"} for i in range(60)]
-    worlds.write_manifest(folder / "manifests/pictures.csv", rows)
-    checkout.set(
-        download={
-            "manifest": "manifests/pictures.csv", "root": "manifests/pictures", "rows_per_shard": 20,
-            "image_size": 32,
-        },
-        teacher_embed={"card": str(card), "batch": 4, "dtype": "float32"},
-        select={"val": 0.1, "test": 0.2},
-        distill={"student": STUDENT, "image_sizes": [STUDENT["image_size"]], **DISTILL},
-        # the demo's card would have DVC train the demo's teacher
-        evaluate={"batch": 16, "prompts": ["a red circle"], "segmentation": {"card": str(card)}},
-    )  # fmt: skip
-    return checkout
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +21,6 @@ def finished(tmp_path_factory, tiny_teacher) -> Checkout:
     checkout = small(tmp_path_factory.mktemp("checkout"), tiny_teacher)
     checkout.run("dvc", "repro", "evaluate")
     return checkout
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def test_a_second_repro_runs_no_stage(finished):

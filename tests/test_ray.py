@@ -16,9 +16,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support import worlds
+from support.files import out_bytes
 from support.network import Network
 from support.server import wait_until
-from test_parts import out_bytes
 
 from pipeline.cli_cluster import named_tasks
 from pipeline.cluster.ray import OnRay, Tasks

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import finished, object_store, worlds
-from test_store import Maker, plan_of, put
+from support.plans import Maker, plan_of, put
 from typer.testing import CliRunner
 
 from pipeline import cli

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.plans import FOLDER, NAMES, STAGE, Maker, origins, plan_of, put, run, texts
 from support.worlds import run_code
 from typer.testing import CliRunner
 
@@ -22,65 +23,8 @@ from pipeline.core.plans import (
     store_of,
     unneeded,
 )
-from pipeline.core.provenance import PARTIAL, digest, file_digest, read_stamp
-from pipeline.core.records import Entry, Part, Plan, Recipe
+from pipeline.core.provenance import PARTIAL, file_digest, read_stamp
 from pipeline.core.store import Store, entry_of, may_live, process_name
-
-STAGE, FOLDER = "download", "images"
-NAMES = ["00000.parquet", "00001.parquet"]
-
-
-def plan_of(value: int, names: list[str] = NAMES, round: int = 0) -> Plan:
-    parts = tuple(Part(name=name, origin=digest([value, name])) for name in names)
-    recipe = Recipe(parameters={"value": value, "round": round})
-    return Plan(stage=STAGE, recipe=recipe, parts=parts, round=round)
-
-
-class Maker:
-    """Writes a shard's origin into it; counts what it makes."""
-
-    def __init__(self, plan: Plan, store: Store, settled: bool = True):
-        self.plan, self.store, self.settled, self.made = plan, store, settled, []
-
-    def is_settled(self, entry: Entry) -> bool:
-        return self.settled
-
-    def differences(self, entry: Entry) -> list[str]:
-        return ["value"]
-
-    def make(self, names):
-        for part in self.plan.parts:
-            if part.name in names:
-                self.made.append(part.name)
-                yield put(self.store, part, self.plan.round)
-
-
-def put(store: Store, part: Part, round: int = 0, good: int = 5, text: str | None = None) -> Entry:
-    text = text or part.origin
-
-    def write(path: Path) -> int:
-        path.write_text(text)
-        return good
-
-    return store.commit(part.name, part.origin, round, write)
-
-
-def run(data: Path, plan: Plan, settled: bool = True) -> list[str]:
-    """A whole run; the shards that it had to make."""
-    store = store_of(data, STAGE)
-    maker = Maker(plan, store, settled)
-    publish(plan, store, data, carry_out(plan, maker, store, data), {})
-    return maker.made
-
-
-def texts(data: Path) -> dict[str, str]:
-    files = (data / FOLDER).glob("*.parquet")
-    return {path.name: path.read_text() for path in sorted(files)}
-
-
-def origins(plan: Plan) -> dict[str, str]:
-    return {part.name: part.origin for part in plan.parts}
-
 
 # Names
 
@@ -269,10 +213,9 @@ def test_a_run_killed_at_any_step_leaves_one_whole_out_or_none_and_goes_on(tmp_p
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[1])
-        import test_store
-        from support import worlds
+        from support import plans, worlds
         worlds.end_at_step(int(sys.argv[3]), "rename", "replace", "link", "rmdir", "mkdir", "unlink")
-        test_store.run(Path(sys.argv[2]), test_store.plan_of(2))
+        plans.run(Path(sys.argv[2]), plans.plan_of(2))
     """
     run_code(code, Path(__file__).parent, tmp_path, step).communicate()
     if (tmp_path / FOLDER).exists():

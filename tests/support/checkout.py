@@ -8,8 +8,12 @@ from pathlib import Path
 
 import yaml
 
+from support import worlds
+
 ROOT = Path(__file__).parents[2]
 PARTS = ["pipeline", "stages", "manifests", ".dvc", ".dvcignore", "dvc.yaml", "params.yaml"]
+STUDENT = {"image_size": 32, "patch_size": 8, "embedding_size": 32, "heads": 4, "layers": 1}
+DISTILL = {"steps": 12, "batch": 16, "warmup": 2, "validate_every": 4, "precision": "float32"}
 
 
 class Checkout:
@@ -57,3 +61,26 @@ class Checkout:
             raise
         assert (process.returncode == 0) == ok, output
         return output
+
+
+def small(folder: Path, card: Path) -> Checkout:
+    """A checkout whose parameters name 60 pictures and the tiny teacher."""
+    checkout = Checkout(folder)
+    pictures = folder / "manifests/pictures"
+    pictures.mkdir()
+    for i in range(60):
+        (pictures / f"{i}.jpg").write_bytes(worlds.picture(i, kind="JPEG", quality=95))
+    rows = [{"url": f"file:{i}.jpg", "caption": f"picture {i}"} for i in range(60)]
+    worlds.write_manifest(folder / "manifests/pictures.csv", rows)
+    checkout.set(
+        download={
+            "manifest": "manifests/pictures.csv", "root": "manifests/pictures", "rows_per_shard": 20,
+            "image_size": 32,
+        },
+        teacher_embed={"card": str(card), "batch": 4, "dtype": "float32"},
+        select={"val": 0.1, "test": 0.2},
+        distill={"student": STUDENT, "image_sizes": [STUDENT["image_size"]], **DISTILL},
+        # the demo's card would have DVC train the demo's teacher
+        evaluate={"batch": 16, "prompts": ["a red circle"], "segmentation": {"card": str(card)}},
+    )  # fmt: skip
+    return checkout
