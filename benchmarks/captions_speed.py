@@ -24,12 +24,14 @@ from pathlib import Path
 import numpy as np
 from by_turns import by_turns, median_ratio
 from PIL import Image
-from process_memory import held
 from worlds import photos, write_data
 
 from pipeline.training.batches import training_batches
 from pipeline.training.dataset import Dataset
 from pipeline.training.sampler import Sampler
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.memory import held
 
 SHARDS, PER_SHARD, BATCH, LANES, DRAWN = 64, 512, 256, 16, 512
 
@@ -45,9 +47,9 @@ def epoch(data: Path, size: int, captions: bool, workers: int) -> dict[str, floa
         if step == 2:
             began, used, rows = time.perf_counter(), time.process_time(), 0
         if step == sampler.steps // 2:
-            halfway = held("VmHWM")
+            halfway = held("VmHWM") / 2**20
     cost, spent = time.process_time() - used, time.perf_counter() - began
-    peak = held("VmHWM")
+    peak = held("VmHWM") / 2**20
     rates = {"of processor": rows / cost, "of the clock": rows / spent}
     return rates | {"peak": peak, "growth": peak - halfway}
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import bombs, worlds  # noqa: E402
+from support.memory import held  # noqa: E402
 
 from pipeline.fetch.decoding_process import _ENVIRONMENT, Decoder  # noqa: E402
 from pipeline.fetch.policy import FetchError  # noqa: E402
@@ -33,12 +34,6 @@ from stages.download import download  # noqa: E402
 
 MAX_PIXELS, SIDE = 50_000_000, 7071
 LIMITS = 256, 95, MAX_PIXELS
-
-
-def status_of(decoder: Decoder, name: str) -> int:
-    """A field of the child's /proc status, in bytes."""
-    text = Path(f"/proc/{decoder.child.pid}/status").read_text()
-    return 1024 * int(text.split(f"{name}:")[1].split()[0])
 
 
 def seconds_of(decoder: Decoder) -> float:
@@ -57,7 +52,7 @@ def explode(data: bytes) -> tuple[str, int, float]:
         outcome = f"`{error.status}`"
     if decoder.child is None:
         return outcome + ", child ended", 0, float("nan")
-    peak, seconds = status_of(decoder, "VmHWM"), seconds_of(decoder) - start
+    peak, seconds = held("VmHWM", decoder.child.pid), seconds_of(decoder) - start
     decoder.close()
     return outcome, peak, seconds
 
@@ -66,7 +61,7 @@ def explode(data: bytes) -> tuple[str, int, float]:
 
 
 _WITHOUT_THE_CHILD = """
-import functools, pipeline.fetch.decoding_process as module
+import pipeline.fetch.decoding_process as module
 from pipeline.fetch.decoding import canonical_jpeg
 
 class Here:

@@ -26,9 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from process_memory import held
 
 from pipeline.data import shards
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.memory import held
 
 PRESET = Path(__file__).parents[1] / "pipeline/core/presets/clip-vit-b32.yaml"
 E, PER_SHARD, HELD_OUT = 512, 50_000, 0.01
@@ -327,7 +329,7 @@ def run_step(name: str, folder: Path, images: int) -> None:
     def watch() -> None:
         nonlocal peak
         while not ended.wait(0.05):
-            peak = max(peak, held("RssAnon"))
+            peak = max(peak, held("RssAnon") / 2**20)
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -338,7 +340,7 @@ def run_step(name: str, folder: Path, images: int) -> None:
         spent = time.perf_counter() - began
         ended.set()
         watching.join()
-    values = spent, time.process_time() - used, peak, held("VmHWM")
+    values = spent, time.process_time() - used, peak, held("VmHWM") / 2**20
     print(json.dumps(dict(zip(MEASURED, values, strict=True)) | {"said": said}))
 
 

@@ -48,9 +48,8 @@ def select(config: SelectConfig, data: Path, *, evaluated: str = "test") -> dict
             work.begin()
             with own_inputs(data, STAGE) as inputs:
                 table = _selected(config, inputs)
-            counts = _require_splits(
-                _counts(table), evaluated
-            )  # an out that is of no use would be used
+            # before it is published: an out that is of no use would be used
+            counts = _require_splits(_counts(table), evaluated)
             made = {
                 "stage": STAGE,
                 **recipe.model_dump(),

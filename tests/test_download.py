@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from support import server as web
 from support import worlds
+from support.files import out_bytes
 
 from pipeline.cluster.parts import Share
 from pipeline.core.errors import PipelineError
@@ -92,10 +93,6 @@ def world(site, tmp_path_factory):
     rows = world_rows(site)
     run(folder, rows, root)
     return folder, rows, root
-
-
-def out_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "data/images").iterdir()}
 
 
 def out_rows(folder: Path) -> list[dict]:
@@ -175,7 +172,9 @@ def test_a_changed_manifest_fetches_only_what_is_new_and_equals_a_run_from_scrat
     assert requested(site) == ["/30.png"]
     run(tmp_path / "scratch", changed, root)
     assert len(requested(site)) > REMOTE
-    assert out_bytes(tmp_path / "on") == out_bytes(tmp_path / "scratch")
+    assert out_bytes(tmp_path / "on" / "data/images") == out_bytes(
+        tmp_path / "scratch" / "data/images"
+    )
     found = {row["url"]: row for row in out_rows(tmp_path / "on") if row["attempts"]}
     assert found[site.url("/7.png")]["caption"] == "edited"
     assert found["file:2.png"]["status"] == "not_found"
@@ -227,7 +226,7 @@ def test_a_run_that_is_ended_in_the_middle_goes_on_to_the_same_bytes(world, site
     asked = {row["url"] for row in pq.read_table(done).to_pylist() if row["attempts"]}
     assert not {site.url(path) for path in again} & asked  # a finished shard is not fetched again
     assert first
-    assert out_bytes(tmp_path) == out_bytes(folder)
+    assert out_bytes(tmp_path / "data/images") == out_bytes(folder / "data/images")
     assert not list((tmp_path / "data").rglob("*.partial"))
 
 
@@ -282,15 +281,15 @@ def test_other_shards_of_the_same_rows_cost_no_fetch(world, site, tmp_path, rows
         -len(rows) // rows_per_shard
     )
     run(tmp_path / "scratch", rows, root, rows_per_shard=rows_per_shard)
-    assert out_bytes(tmp_path) == out_bytes(tmp_path / "scratch")
+    assert out_bytes(tmp_path / "data/images") == out_bytes(tmp_path / "scratch" / "data/images")
 
 
 def test_one_shard_more_rewrites_one_and_keeps_the_files_of_the_others(world, tmp_path):
     _, rows, root = world
     run(tmp_path, rows, root, rows_per_shard=8)  # 5
-    before = out_bytes(tmp_path)
+    before = out_bytes(tmp_path / "data/images")
     run(tmp_path, rows, root, rows_per_shard=7)  # 6: shard 1 is split
-    after = out_bytes(tmp_path)
+    after = out_bytes(tmp_path / "data/images")
     assert len(after) == len(before) + 1
     changed = {name for name in before if before[name] != after[name]}
     (new,) = set(after) - set(before)
@@ -351,7 +350,7 @@ def test_a_run_that_died_is_still_there_after_another_was_published(world, site,
     requested(site)
     run(tmp_path, rows, root)
     again = {site.url(path) for path in requested(site)}
-    assert out_bytes(tmp_path) == out_bytes(folder)
+    assert out_bytes(tmp_path / "data/images") == out_bytes(folder / "data/images")
     done = pq.read_table(tmp_path / "data/images" / finished[0].name)["url"].to_pylist()
     assert again and not again & set(done)
 
@@ -369,7 +368,7 @@ def test_a_damaged_file_is_never_taken_for_what_it_was(world, site, tmp_path):
     shutil.rmtree(tmp_path / "data/images")  # as every message about damage advises
     requested(site)
     run(tmp_path, rows, root)
-    assert out_bytes(tmp_path) == out_bytes(folder)
+    assert out_bytes(tmp_path / "data/images") == out_bytes(folder / "data/images")
     assert 0 < len(requested(site)) < REMOTE
 
 

@@ -67,20 +67,26 @@ def site():
         yield server
 
 
-@pytest.fixture
-def first(site, tmp_path, tiny_teacher) -> Checkout:
-    """A checkout whose stage one has run and was pushed to a remote."""
-    (tmp_path / "first").mkdir()
-    checkout = Checkout(tmp_path / "first")
+def with_remote(folder: Path, site, card: Path, store: str = "local") -> Checkout:
+    """A checkout whose parameters name COUNT images of the site, and which knows a remote of DVC."""
+    folder.mkdir()
+    checkout = Checkout(folder)
     write_urls(checkout, [site.url(f"/{i:02}.png") for i in range(COUNT)])
     checkout.set(
         download={
             "manifest": "manifests/urls.csv", "root": "manifests/prompts", "rows_per_shard": 4,
-            "image_size": 32, "retries": 0, "timeout": 2.0, "allow": ["127.0.0.0/8"],
+            "image_size": 32, "retries": 0, "timeout": 2.0, "allow": ["127.0.0.0/8"], "store": store,
         },
-        teacher_embed={"card": str(tiny_teacher), "batch": 4},
+        teacher_embed={"card": str(card), "batch": 4, "store": store},
     )  # fmt: skip
-    checkout.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    checkout.run("dvc", "remote", "add", "--default", "store", str(folder.parent / "remote"))
+    return checkout
+
+
+@pytest.fixture
+def first(site, tmp_path, tiny_teacher) -> Checkout:
+    """A checkout whose stage one has run and was pushed to a remote."""
+    checkout = with_remote(tmp_path / "first", site, tiny_teacher)
     checkout.run("dvc", "repro", "teacher_embed")
     checkout.run("dvc", "push")
     assert len(requested(site)) == COUNT and embedded(checkout) == COUNT
@@ -217,18 +223,8 @@ def test_through_dvc_a_clone_pulls_stamps_and_pays_for_one_image(
 
 
 def through_dvc(site, tmp_path, tiny_teacher) -> None:
-    (tmp_path / "first").mkdir()
-    first = Checkout(tmp_path / "first")
-    write_urls(first, [site.url(f"/{i:02}.png") for i in range(COUNT)])
-    first.set(
-        download={
-            "manifest": "manifests/urls.csv", "root": "manifests/prompts", "rows_per_shard": 4,
-            "image_size": 32, "retries": 0, "timeout": 2.0, "allow": ["127.0.0.0/8"], "store": "remote",
-        },
-        teacher_embed={"card": str(tiny_teacher), "batch": 4, "store": "remote"},
-        select={"val": 0.4, "test": 0.3},
-    )  # fmt: skip
-    first.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    first = with_remote(tmp_path / "first", site, tiny_teacher, "remote")
+    first.set(select={"val": 0.4, "test": 0.3})
     first.run("dvc", "repro", "select")
     first.run("dvc", "push")
     assert len(requested(site)) == COUNT

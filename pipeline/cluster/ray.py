@@ -200,10 +200,11 @@ def _require_nodes(ray: Any, tasks: Tasks) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 
     here = os.getcwd()
+    expected = _versions(here)
     for node in nodes:
         on_node = OnNode(node_id=node["NodeID"], soft=False)
         ask = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_versions)
-        address, expected = node["NodeManagerAddress"], _versions(here)
+        address = node["NodeManagerAddress"]
         try:
             found = ray.get(ask.remote(here))
         except ray.exceptions.RayError as error:

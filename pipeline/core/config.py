@@ -81,9 +81,7 @@ class DownloadConfig(Record):
     changed: Literal["keep", "refuse"]  # bytes that have not the SHA-256 of the manifest
     forget: str  # text file, a URL, image_id or SHA-256 a line: what must not be held any more
     root: str  # `file:` paths of the manifest must lie below this folder
-    store: Literal[
-        "local", "remote"
-    ]  # where its shards lie: with data/, or in a store with an address
+    store: Literal["local", "remote"]  # where shards lie: with data/, or in a store of its own
     rows_per_shard: Positive  # target; an image's shard depends on its id and the shards' number
     round: Count  # a retry begins the next one: what may succeed now is asked again, once
     image_size: Positive  # px; the shorter side of a stored image, which is shrunk, never enlarged

@@ -8,6 +8,7 @@ CACHE = "cache"  # below data/.work: what was read of shards in a remote store
 STORE = ".store"  # below data/: finished shards, to which outs are links
 ADDRESS = "EXTRAHEAD_STORE"  # environment variable: where the remote store is
 RUNS = "runs"  # below data/: one small Parquet row per finished run
+SHARDED = ("download", "teacher_embed")  # stages whose shards lie in stores
 STAMP_FILE = "_stamp.json"  # readers of a folder of Parquet pass over such a name
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.core.dvc_cache import locked_out, locks_other_images
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import STAGES, STAMP_FILE, STORE, WORK
+from pipeline.core.layout import SHARDED, STAGES, STAMP_FILE, STORE, WORK
 from pipeline.core.outs import make_stamp, place_out
 from pipeline.core.provenance import read_stamp, sealed
 from pipeline.core.records import Entry, Plan, Stamp, StoredFile
@@ -170,7 +170,7 @@ def unneeded(data: Path, days: float) -> list[tuple[Store, Entry]]:
     """Shards of all stores, the remote one too where its address is known, that no published stamp
     names and that are older than so many days."""
     found, young = [], time.time() - days * 24 * 3600
-    for stage in ("download", "teacher_embed"):
+    for stage in SHARDED:
         for kind in ("local", "remote") if has_address() else ("local",):
             store = store_of(data, stage, kind)
             entries = store.entries()  # before the stamps: what is published meanwhile is kept

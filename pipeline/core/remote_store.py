@@ -10,7 +10,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.layout import ADDRESS, CACHE, STAMP_FILE, WORK
 from pipeline.core.outs import recipe_digest
 from pipeline.core.provenance import file_digest, read_stamp, write_json
-from pipeline.core.records import Entry, Recipe, Stamp
+from pipeline.core.records import Entry, Recipe, Stamp, StoredFile
 from pipeline.core.store import STAMPS, Store, entry_of, is_stored_name, stored_names
 from pipeline.core.terminal import say
 
@@ -86,10 +86,16 @@ class RemoteStore(Store):
     def supersede(self, stamp: Stamp) -> None:
         """Remove from this disk what was read of other shards: an image in them may be forgotten."""
         (self.folder / STAMPS / f"{stamp.digest}.json").unlink(missing_ok=True)  # it was sent
-        named = {self._key(file.stored) for file in stamp.files.values() if file.stored}
+        named = keys_of(self.folder.name, stamp)
         for key, folder in cached(self.folder.parents[1]).items():
             if key not in named and key.startswith(self._key("")):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def keys_of(folder: str, stamp: Stamp) -> dict[str, StoredFile]:
+    """Key of an object -> what the stamp of a folder of data/ says of it."""
+    files = stamp.files.values()
+    return {f"{folder}/{file.stored}": file for file in files if file.stored}
 
 
 def cached(data: Path) -> dict[str, Path]:
@@ -113,8 +119,7 @@ def bring_back(store: Store, stamp: Stamp) -> None:
         )
         return
     there = remote.listed(store.folder.name)
-    for file in stamp.files.values():
-        key = f"{store.folder.name}/{file.stored}"
+    for key, file in keys_of(store.folder.name, stamp).items():
         if file.stored and key in there:
             entry = entry_of(file.stored, file.bytes)
             if not store.sound(entry):

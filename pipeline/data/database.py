@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipeline.core.errors import PipelineError
-from pipeline.data.remote_shards import FILES, PROTOCOL, shards_in, url
+from pipeline.data.remote_shards import FILES, PROTOCOL, are_remote, shards_in, url
 from pipeline.data.shards import open_shard
 
 TABLES = {  # name -> (folder of its shards below data/, the command that makes them)
@@ -119,7 +119,7 @@ def _dataset(described: list[Path], paths: list[Path], command: str) -> ds.Datas
         [str(path) for path in paths],
         schema=declared,
         format=form,
-        filesystem=None if paths[0].exists() else FILES,
+        filesystem=FILES if are_remote(paths) else None,
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.embeddings import first_views
-from pipeline.data.remote_shards import FILES
+from pipeline.data.remote_shards import FILES, are_remote
 from pipeline.data.scratch import scratch_array
 from pipeline.data.shards import shard_paths, unit_rows
 
@@ -54,7 +54,7 @@ def near_duplicate_groups(
 def _all_vectors(teacher: Path) -> tuple[np.ndarray, np.ndarray]:
     """image_ids (n,) as bytes and (n, E) float16 stored vectors of view 0."""
     paths = shard_paths(teacher / "images", "teacher_embed")
-    files = None if paths[0].exists() else FILES
+    files = FILES if are_remote(paths) else None
     dataset = ds.dataset([str(path) for path in paths], filesystem=files)
     rows = dataset.count_rows(filter=ds.field("view") == 0)
     ids, vectors, done = [], None, 0

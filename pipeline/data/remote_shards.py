@@ -54,6 +54,11 @@ def shards_in(folder: Path) -> list[Path]:
     return []
 
 
+def are_remote(paths: list[Path]) -> bool:
+    """Whether shards of a folder lie in the store: a folder holds all that its stamp names, or none."""
+    return not paths[0].exists()
+
+
 def located(path: Path) -> Shard | None:
     """Which object a path is; None for a file of this disk, and for what is nowhere."""
     if path.exists():

@@ -18,6 +18,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.records import RowAddress, Sample
 from pipeline.data import database
 from pipeline.data.pixels import NotAnImage, decode
+from pipeline.data.remote_shards import are_remote
 from pipeline.data.shards import embedding_matrix, open_shard, shard_paths
 from pipeline.data.views import view_pixels
 
@@ -60,10 +61,10 @@ class Dataset:
     ) -> None:
         self.data, self.views, self.captions = data, views, captions
         self.image_size, self.interpolation = image_size, interpolation
-        self.remote = not shard_paths(data / "images", "download")[0].exists()
-        self._cache_size = (
-            groups_in_use * (2 if self.remote else 1) + 8
-        )  # some are about to be left
+        self.remote = are_remote(shard_paths(data / "images", "download"))
+        self._cache_size = groups_in_use + 8  # some are about to be left
+        if self.remote:
+            self._cache_size += groups_in_use  # some are read ahead
         connection = database.connect(data)
         files = database.parquet_files(connection, data / "images")
         kept = connection.execute(INDEX, [files, split]).fetchnumpy()

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.layout import CACHE, WORK
+from pipeline.core.layout import CACHE, SHARDED, STAGES, WORK
 from pipeline.core.provenance import stamp_of
 from pipeline.core.remote import has_address
-from pipeline.core.remote_store import cached
+from pipeline.core.remote_store import cached, keys_of
 from pipeline.data.database import TABLES
 from pipeline.data.remote_shards import opened, shards_in
 from pipeline.data.shards import read_shard
@@ -52,11 +52,10 @@ def forgotten_findings(data: Path, forgotten: Forgotten) -> list[Finding]:
 
 def _unnamed_ranges(data: Path) -> list[Finding]:
     """What was read of shards in a remote store that data/ does not name any more."""
-    named = set()
-    for folder in ("images", "teacher"):
+    named: set[str] = set()
+    for folder in (STAGES[stage].folder for stage in SHARDED):
         with suppress(PipelineError):
-            files = stamp_of(data, folder).files.values()
-            named |= {f"{folder}/{file.stored}" for file in files if file.stored}
+            named |= keys_of(folder, stamp_of(data, folder)).keys()
     cache = data / WORK / CACHE
     return [
         Finding(PROMISE, str(folder.relative_to(data)), "of a superseded shard", f"rm -r {cache}")

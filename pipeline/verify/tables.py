@@ -18,6 +18,7 @@ from pipeline.core.provenance import digest, summary_of
 from pipeline.core.records import Preprocessing
 from pipeline.data.database import parquet_files
 from pipeline.data.pixels import decode
+from pipeline.data.remote_shards import are_remote
 from pipeline.data.views import view_pixels
 from pipeline.verify.files import IMPORTED, Finding, Stamps, remade
 
@@ -175,7 +176,7 @@ def connection_over(data: Path, stamps: Stamps) -> duckdb.DuckDBPyConnection:
         paths = [data / folder / name for name in names if fnmatch(name, pattern)]
         if paths:
             files = [str(path) for path in paths]
-            if not paths[0].exists():
+            if are_remote(paths):
                 files = parquet_files(connection, paths[0].parent)
             connection.read_parquet(files).create_view(table)
     return connection
