@@ -109,7 +109,11 @@ def _write(path: Path, schema: pa.Schema, columns: dict) -> None:
 # What is measured; each runs alone in a process, and says what it found
 
 
-def manifest_to_lists(folder: Path, images: int) -> str:
+def lists_and_plan(folder: Path, images: int) -> str:
+    """A manifest of columns as LAION's, to the lists of what to fetch and the plan of shards."""
+    from pipeline.core.config import load_section
+    from pipeline.fetch.forget import Forgotten
+    from pipeline.fetch.image_shards import plan_images
     from pipeline.fetch.manifest import write_lists
 
     manifest = folder / "manifest.parquet"
@@ -123,8 +127,9 @@ def manifest_to_lists(folder: Path, images: int) -> str:
                 pa.table({"URL": urls, "TEXT": [f"a caption of image {i}" for i in numbers]})
             )
     lists = write_lists(manifest, folder, PER_SHARD, folder / "lists", say=lambda note: None)
+    plan = plan_images(load_section(PRESET, "download"), lists, Forgotten())
     shutil.rmtree(folder / "lists")
-    return f"{len(lists)} lists"
+    return f"{len(plan.parts)} shards"
 
 
 def commit_of_a_shard(folder: Path, images: int) -> str:
@@ -290,7 +295,7 @@ MEASURED = {  # name -> digits, in the order of the table
     "with mapped files": 0,
 }
 STEPS_OF: dict[str, Callable[[Path, int], str]] = {
-    "manifest to lists": manifest_to_lists,
+    "download: lists and plan": lists_and_plan,
     "commit of a shard": commit_of_a_shard,
     "mean of the training split": mean_of_training,
     "held-out vectors": held_out_vectors,

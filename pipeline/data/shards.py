@@ -184,13 +184,14 @@ def shard_paths(folder: Path, stage: str) -> list[Path]:
     raise PipelineError(f"no *.parquet in {folder}. Run `pipeline {command(stage)}` first.")
 
 
-def open_shard(path: Path, stage: str) -> pq.ParquetFile:
-    """A file whose pages are checked against their checksums when they are read.
+def open_shard(path: Path, stage: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """A file whose pages are checked against their checksums when they are read; footer: its own,
+    where it was read before.
 
     Raises PipelineError for a truncated or foreign file, with the command that mends it.
     """
     try:
-        return pq.ParquetFile(opened(path), page_checksum_verification=True)
+        return pq.ParquetFile(opened(path), metadata=footer, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, stage, error) from None
 

@@ -17,9 +17,10 @@ import pyarrow as pa
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import RowAddress, Sample
 from pipeline.data import database
+from pipeline.data.footers import Footers
 from pipeline.data.pixels import NotAnImage, decode
 from pipeline.data.remote_shards import are_remote
-from pipeline.data.shards import embedding_matrix, open_shard, shard_paths
+from pipeline.data.shards import embedding_matrix, shard_paths
 from pipeline.data.views import view_pixels
 
 READERS = 8  # row groups of a remote store that are read at once
@@ -65,6 +66,7 @@ class Dataset:
         self._cache_size = groups_in_use + 8  # some are about to be left
         if self.remote:
             self._cache_size += groups_in_use  # some are read ahead
+        self.__setstate__({})
         connection = database.connect(data)
         files = database.parquet_files(connection, data / "images")
         kept = connection.execute(INDEX, [files, split]).fetchnumpy()
@@ -77,21 +79,21 @@ class Dataset:
         self.addresses[:, 0] = kept["shard"]
         for shard in np.unique(kept["shard"]):
             mine = self.addresses[:, 0] == shard
-            starts = _group_starts(self._path("images", shard))
+            starts = self._group_starts(shard)
             group = np.searchsorted(starts, kept["row"][mine], side="right") - 1
             self.addresses[mine, 1] = group
             self.addresses[mine, 2] = kept["row"][mine] - starts[group]
         changes = np.any(np.diff(self.addresses[:, :2], axis=0), axis=1)
         # numbers of the rows at which a row group starts, and the number of rows
         self.edges = np.concatenate([[0], np.flatnonzero(changes) + 1, [len(self.addresses)]])
-        self.__setstate__({})
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_groups", "_pool")}
+        own = ("_lock", "_groups", "_pool", "_footers")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        self._lock, self._groups = threading.Lock(), OrderedDict()
+        self._lock, self._groups, self._footers = threading.Lock(), OrderedDict(), Footers()
         self._pool = ThreadPoolExecutor(READERS)  # whose threads start when they are needed
 
     def __len__(self) -> int:
@@ -170,11 +172,18 @@ class Dataset:
         self._groups.move_to_end(key)
         return self._groups[key]
 
+    def _group_starts(self, shard: int) -> np.ndarray:
+        """Number of the first row of each row group."""
+        with self._footers.open(self._path("images", shard), "download") as file:
+            metadata = file.metadata
+        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+
     def _read_group(self, shard: int, group: int, view: int) -> _Group:
-        with open_shard(self._path("images", shard), "download") as file:
+        with self._footers.open(self._path("images", shard), "download") as file:
             images = file.read_row_group(group, columns=["image_id", "jpg"], use_threads=False)
             groups = file.num_row_groups
-        with open_shard(self._path("teacher/images", shard), "teacher_embed") as file:
+        with self._footers.open(self._path("teacher/images", shard), "teacher_embed") as file:
             if file.num_row_groups < groups * self.views:
                 raise PipelineError(
                     f"data/teacher holds {file.num_row_groups // groups} views, distill.views asks "
@@ -185,7 +194,7 @@ class Dataset:
             table = file.read_row_group(view * groups + group, columns=columns, use_threads=False)
         boxes = np.stack([table[name].to_numpy() for name in BOX], axis=1)  # (n, 4) float32
         ids = table["image_id"].to_pylist()
-        texts = _texts(self._path("teacher/texts", shard), ids) if self.captions else {}
+        texts = self._texts(shard, group, groups) if self.captions else {}
         return _Group(
             images["image_id"],
             images["jpg"],
@@ -196,6 +205,24 @@ class Dataset:
             texts,
         )
 
+    def _texts(self, shard: int, group: int, groups: int) -> dict[str, np.ndarray]:
+        """image_id -> (captions, E) unit embeddings of a row group's images, of `groups` in all."""
+        path = self._path("teacher/texts", shard)
+        with self._footers.open(path, "teacher_embed") as file:
+            if file.num_row_groups != groups:
+                raise PipelineError(
+                    f"{path} has {file.num_row_groups} row groups where data/images has {groups}: it "
+                    "was written by an earlier version. Run `pipeline teacher-embed`."
+                )
+            columns = ["image_id", "embedding"]
+            table = file.read_row_group(group, columns=columns, use_threads=False)
+        vectors: dict[str, list[np.ndarray]] = {}
+        for image_id, vector in zip(
+            table["image_id"].to_pylist(), embedding_matrix(table["embedding"]), strict=True
+        ):
+            vectors.setdefault(image_id, []).append(vector)
+        return {image_id: np.stack(of_one) for image_id, of_one in vectors.items()}
+
 
 def _caption(epoch: int, views: int, captions: int) -> int:
     """Which caption an epoch shows: the next one each time, moved on by one whenever its pairs with
@@ -204,40 +231,10 @@ def _caption(epoch: int, views: int, captions: int) -> int:
     return (epoch + epoch // math.lcm(views, captions)) % captions
 
 
-def _group_starts(path: Path) -> np.ndarray:
-    """Number of the first row of each row group."""
-    with open_shard(path, "download") as file:
-        metadata = file.metadata
-        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-    return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-
-
 @lru_cache(maxsize=1024)
 def _mixed(*numbers: int) -> int:
     """A well-spread integer from some small ones: which view a row group starts with."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _texts(path: Path, image_ids: list[str]) -> dict[str, np.ndarray]:
-    """image_id -> (captions, E) unit embeddings, from the row groups that may hold these images'."""
-    if not image_ids:
-        return {}
-    wanted, vectors = set(image_ids), {}
-    low, high = min(wanted), max(wanted)
-    with open_shard(path, "teacher_embed") as file:
-        column = file.schema_arrow.get_field_index("image_id")
-        for group in range(file.num_row_groups):
-            extent = file.metadata.row_group(group).column(column).statistics
-            if extent and extent.has_min_max and (extent.max < low or extent.min > high):
-                continue
-            table = file.read_row_group(group, columns=["image_id", "embedding"], use_threads=False)
-            rows = zip(
-                table["image_id"].to_pylist(), embedding_matrix(table["embedding"]), strict=True
-            )
-            for image_id, vector in rows:
-                if image_id in wanted:
-                    vectors.setdefault(image_id, []).append(vector)
-    return {image_id: np.stack(of_one) for image_id, of_one in vectors.items()}
 
 
 # Which rows a split keeps, in the shards' order.
