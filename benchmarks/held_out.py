@@ -1,5 +1,6 @@
 """What the benchmarks measure of a student on a held-out split, at view 0."""
 
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +36,10 @@ def held_out_metrics(student: Student, data: Path, split: str = "test") -> dict[
         ranks = ranks_of_own(texts[mine], found, right)
         figures["text-image R@1"] = float(hits_at(1, ranks).mean())
     return figures
+
+
+def over_seeds(values: list[float]) -> str:
+    """Their mean, and the largest distance from it where there are several."""
+    mean = statistics.mean(values)
+    spread = max(abs(value - mean) for value in values)
+    return f"{mean:.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else "")

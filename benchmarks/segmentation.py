@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from held_out import over_seeds
 from torch import Tensor
 
 from pipeline.core.config import StudentConfig
@@ -362,14 +363,9 @@ def interval_text(found: dict[str, float]) -> str:
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
-def over_seeds(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
-
-
 def tables(found: dict[Variant, list[dict]], several: list[Variant]) -> None:
-    """Means over seeds with their standard deviation: val for all, then test for what is chosen."""
-    print("\nOn val, mean over seeds ± standard deviation:\n")
+    """Means over seeds and the largest distance from them: val for all, then test for what is chosen."""
+    print("\nOn val, mean over seeds ± the largest distance from it:\n")
     table(found, "val")
 
     def merit(variant: Variant) -> float:
@@ -381,7 +377,7 @@ def tables(found: dict[Variant, list[dict]], several: list[Variant]) -> None:
     print(
         f"\nChosen on val among several sizes (R@1 over the three sizes + mIoU at 96 px): {best.name}"
     )
-    print("\nOn test, mean over seeds ± standard deviation:\n")
+    print("\nOn test, mean over seeds ± the largest distance from it:\n")
     table(
         {v: runs for v, runs in found.items() if v in (ONE, MASK_OFF, best, *LONGER, *WHY)}, "test"
     )

@@ -9,7 +9,6 @@ steps, is what one has oneself. Held out: the demo's own validation split, or --
 
 import argparse
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from held_out import held_out_metrics
+from held_out import held_out_metrics, over_seeds
 
 from pipeline import Student
 from pipeline.core.config import DistillConfig, load_section
@@ -118,13 +117,7 @@ def trained(
 
 
 def line(name: str, found: list[dict]) -> None:
-    """Means over seeds, with the largest distance from them."""
-    cells = []
-    for column in COLUMNS:
-        values = [metrics[column] for metrics in found]
-        mean = statistics.mean(values)
-        spread = max(abs(value - mean) for value in values)
-        cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else ""))
+    cells = [over_seeds([metrics[column] for metrics in found]) for column in COLUMNS]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -23,7 +23,7 @@ from pipeline.core.plans import carry_out, publish, scratch_folder, store_of
 from pipeline.core.provenance import lock, stamp_of
 from pipeline.core.terminal import say
 from pipeline.data import shards
-from pipeline.data.remote_shards import shards_in
+from pipeline.data.remote_shards import of_each, shards_in
 from pipeline.fetch.forget import Forgotten, read_forgotten
 from pipeline.fetch.image_shards import ImageShards, plan_images
 from pipeline.fetch.listing import listing
@@ -92,9 +92,12 @@ def _listed(data: Path) -> dict | None:
 
 
 def _statuses(paths: Iterable[Path]) -> dict[str, int]:
-    counts = Counter()
-    for path in sorted(paths):
-        counts.update(shards.read_shard(path, STAGE, ["status"])["status"].to_pylist())
+    """How many rows of all shards have which status."""
+
+    def of_one(path: Path) -> Counter:
+        return Counter(shards.read_shard(path, STAGE, ["status"])["status"].to_pylist())
+
+    counts = sum(of_each(sorted(paths), of_one), Counter())
     return dict(counts.most_common())
 
 

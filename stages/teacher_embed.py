@@ -22,6 +22,7 @@ from pipeline.core.provenance import lock, require_inputs, teacher_summary
 from pipeline.core.records import Entry, Preprocessing, TeacherIdentity, TeacherSummary
 from pipeline.core.store import Store
 from pipeline.data import shards
+from pipeline.data.remote_shards import of_each
 from pipeline.data.runs import append_run
 from pipeline.data.texts import all_prompts
 from pipeline.models.card import read_card
@@ -121,9 +122,13 @@ def _summary(
 ) -> TeacherSummary:
     """Counts, and what later stages need to know of the teacher without loading it."""
     counts, least = {"images": 0, "texts": 0}, {}
-    for name, entry in entries.items():
+
+    def drift_of(entry: Entry) -> dict[str, float]:
+        return shards.provenance(store.path(entry), STAGE)["least_cosine_to_float32"]
+
+    drifts = of_each(entries.values(), drift_of)
+    for (name, entry), drift in zip(entries.items(), drifts, strict=True):
         counts[name.split("/")[0]] += entry.good
-        drift = shards.provenance(store.path(entry), STAGE)["least_cosine_to_float32"]
         least |= {tower: min(cosine, least.get(tower, 1.0)) for tower, cosine in drift.items()}
     prompts = store.path(entries[PROMPTS])
     with shards.open_shard(prompts, STAGE) as file:

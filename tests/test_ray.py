@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from support import worlds
+from support import object_store, worlds
 from support.files import out_bytes
 from support.network import Network
 from support.server import wait_until
@@ -24,10 +24,12 @@ from pipeline.cli_cluster import named_tasks
 from pipeline.cluster.ray import OnRay, Tasks
 from pipeline.core.errors import PipelineError
 from pipeline.core.plans import store_of
+from pipeline.core.provenance import read_stamp
 
 COUNT = 24
 HEAD, NODE, OTHER = "127.0.0.11", "127.0.0.12", "127.0.0.13"
 ADDRESS = f"{HEAD}:6379"
+STORE = "127.0.0.14:5000"
 SITE = """
 import sys, time
 sys.path.insert(0, "tests")
@@ -36,6 +38,17 @@ pages = {f"/{i:02}.png": server.after(0.3, server.body(worlds.picture(i))) for i
 with server.serve(pages) as site:
     print(site.port, flush=True)
     time.sleep(3600)
+"""
+MAKE_BUCKET = """
+import time, urllib.request as url
+for _ in range(300):
+    try:
+        url.urlopen(url.Request("http://%s/bucket", method="PUT"), timeout=5)
+        break
+    except OSError:
+        time.sleep(0.2)
+else:
+    raise SystemExit("the server does not answer")
 """
 
 
@@ -79,6 +92,7 @@ class Cluster:
         self.environment = {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+            **object_store.access(f"http://{STORE}"),  # as a node's own role gives it
         }  # fmt: skip
         self.ray("start", "--head", "--port=6379", f"--node-ip-address={HEAD}", "--num-cpus=1",
                  "--include-dashboard=false", f"--temp-dir={self.sessions}")  # fmt: skip
@@ -109,10 +123,10 @@ class Cluster:
         """Whether a process of a node's tasks is doing this."""
         return any(what in line for line in command_lines(self.raylet(address).children(True)))
 
-    def start(self, command: str, data: Path, *options: str, **environment: str):
+    def start(self, command: str, data: Path, *options: str | Path, **environment: str):
         return self.network.start(
-            "-m", "pipeline.cli", command, *options, "--params", self.folder / "params.yaml",
-            "--data", data, **self.environment | {"RAY_ADDRESS": ADDRESS} | environment,
+            "-m", "pipeline.cli", command, "--params", self.folder / "params.yaml", "--data", data,
+            *options, **self.environment | {"RAY_ADDRESS": ADDRESS} | environment,
         )  # fmt: skip
 
     def finish(self, process, ok: bool = True) -> str:
@@ -148,11 +162,12 @@ def cluster(tmp_path_factory, tiny_teacher):
         manifest = worlds.write_manifest(folder / "manifest.csv", rows)
         (folder / "prompts.txt").write_text("a red circle\n")
         options = {"rows_per_shard": 4, "allow": ["127.0.0.1/32"], "timeout": 20.0}
-        worlds.write_params(
-            folder / "params.yaml",
-            download=worlds.download_config(manifest, folder, **options),
-            teacher_embed=worlds.teacher_config(tiny_teacher, folder / "prompts.txt"),
-        )
+        download = worlds.download_config(manifest, folder, **options)
+        embed = worlds.teacher_config(tiny_teacher, folder / "prompts.txt")
+        worlds.write_params(folder / "params.yaml", download=download, teacher_embed=embed)
+        remote = {"store": "remote"}
+        download, embed = (config.model_copy(update=remote) for config in (download, embed))
+        worlds.write_params(folder / "remote.yaml", download=download, teacher_embed=embed)
         made = Cluster(network, folder)
         made.site = site
         for command in ("download", "teacher-embed"):
@@ -222,6 +237,31 @@ def test_a_run_that_is_ended_ends_what_its_tasks_started_and_the_next_one_goes_o
     cluster.finish(cluster.start("download", data, "--ray"))
     assert kept <= {entry.stored for entry in store.entries()}
     assert out_bytes(data / "images") == out_bytes(cluster.folder / "one/images")
+
+
+@pytest.mark.slow
+def test_shards_of_two_nodes_go_into_a_remote_store(cluster, tmp_path):
+    """Whose address is given to the command alone: it reaches the tasks, and nothing that stays."""
+    pytest.importorskip("moto")
+    host, port = STORE.split(":")
+    server = cluster.network.start("-m", "moto.server", "-H", host, "-p", port)
+    data, address = tmp_path / "data", "s3://bucket/of-this-test"
+    try:
+        cluster.network.run("-c", MAKE_BUCKET % STORE)
+        options = ("--ray", "--params", cluster.folder / "remote.yaml")
+        for command, folder in (("download", "images"), ("teacher-embed", "teacher")):
+            cluster.finish(cluster.start(command, data, *options, EXTRAHEAD_STORE=address))
+            assert not list((data / folder).rglob("*.parquet"))
+            here, one = (read_stamp(d / folder, folder) for d in (data, cluster.folder / "one"))
+            shards = {name: file.sha256 for name, file in one.files.items()}
+            assert {name: file.sha256 for name, file in here.files.items()} == shards
+        said = cluster.finish(cluster.start("verify", data, EXTRAHEAD_STORE=address))
+        assert "every promise is kept" in said
+    finally:
+        server.kill()
+        server.wait()
+    for log in Path(cluster.sessions).rglob("*"):
+        assert not log.is_file() or address.encode() not in log.read_bytes(), log
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import pipeline
 from pipeline.core.errors import PipelineError
+from pipeline.core.layout import ADDRESS
 from pipeline.core.plans import Maker
 from pipeline.core.records import Entry
 
@@ -76,7 +77,8 @@ class OnRay:
         make_shard = ray.remote(
             num_cpus=self.tasks.cpus, num_gpus=self.tasks.gpus, max_retries=RETRIES
         )(_make_shard)
-        maker, here = ray.put(self.maker), os.getcwd()
+        # the address of a remote store goes with it: an environment for tasks would be in Ray's logs
+        maker, here = ray.put((self.maker, os.environ.get(ADDRESS))), os.getcwd()
         of_task = {make_shard.remote([maker], here, name): name for name in names}
         waiting = list(of_task)
         try:
@@ -119,7 +121,10 @@ def _kept(maker: Any) -> Maker:
     """The maker of a reference, once in each process: the teacher is loaded once."""
     import ray
 
-    return ray.get(maker)
+    made, address = ray.get(maker)
+    if address:
+        os.environ[ADDRESS] = address
+    return made
 
 
 def _make_shard(reference: list, here: str, name: str) -> tuple[Entry, Counter]:

@@ -13,11 +13,13 @@ import hashlib
 import os
 import threading
 import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fsspec.spec import AbstractFileSystem
 
@@ -31,7 +33,11 @@ from pipeline.core.store import is_stored_name, process_name
 LIMIT = int(float(os.environ.get("EXTRAHEAD_CACHE_GB", "8")) * 1e9)  # bytes of data/.work/cache
 PROTOCOL = "shards"  # of the paths by which DuckDB knows them
 PIECE = 1 << 24  # bytes that are read at a time where a whole shard is
+READERS = 8  # threads that ask the store at once
 _BETWEEN_SWEEPS = 1 << 26  # bytes that a process adds to the cache before it looks at its size
+
+_Of = TypeVar("_Of")
+_Answer = TypeVar("_Answer")
 
 
 class Shard(NamedTuple):
@@ -76,6 +82,12 @@ def located(path: Path) -> Shard | None:
         if file and file.stored:
             return Shard(f"{folder.name}/{file.stored}", file.bytes, _cache(folder.parent))
     return None
+
+
+def of_each(shards: Iterable[_Of], ask: Callable[[_Of], _Answer]) -> list[_Answer]:
+    """What is asked of each shard, in their order; of several at once, for a store answers slowly."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(ask, shards))
 
 
 def exists(path: Path) -> bool:

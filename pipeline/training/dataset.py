@@ -19,11 +19,10 @@ from pipeline.core.records import RowAddress, Sample
 from pipeline.data import database
 from pipeline.data.footers import Footers
 from pipeline.data.pixels import NotAnImage, decode
-from pipeline.data.remote_shards import are_remote
+from pipeline.data.remote_shards import READERS, are_remote
 from pipeline.data.shards import embedding_matrix, shard_paths
 from pipeline.data.views import view_pixels
 
-READERS = 8  # row groups of a remote store that are read at once
 BOX = ["left", "top", "right", "bottom"]
 
 

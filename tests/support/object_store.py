@@ -131,11 +131,15 @@ def named(monkeypatch: pytest.MonkeyPatch, store: ObjectStore) -> None:
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
-    values = {
-        ADDRESS: store.address, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.port}",
-        "AWS_ACCESS_KEY_ID": "somebody-here", "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
+    values = {ADDRESS: store.address} | access(f"http://127.0.0.1:{store.port}")
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     remote._open.cache_clear()
+
+
+def access(endpoint: str) -> dict[str, str]:
+    """The environment by which S3 clients know a server and who they are."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "somebody-here",
+        "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
