@@ -61,13 +61,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="val")
+    parser.add_argument("--only", nargs="+", help="of the variants, these")
     args = parser.parse_args()
     base = load_section(args.params, "distill").model_dump()
     if args.steps:
         base["steps"] = args.steps
     print("| student | " + " | ".join(COLUMNS) + " | parameters |")
     print("| --- " * (len(COLUMNS) + 2) + "|")
-    for variant, changes in VARIANTS[args.what].items():
+    for variant in args.only or VARIANTS[args.what]:
+        changes = VARIANTS[args.what][variant]
         found = [run(args, changed(base, changes | {"seed": seed})) for seed in range(args.seeds)]
         cells = [over_seeds([row[name] for row in found]) for name in COLUMNS]
         parameters = found[0]["parameters"] / 1e6
