@@ -19,10 +19,12 @@ IMAGES = 6
 def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_segmentation", SCRIPT)
     found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found  # dataclasses look their module up there
-    spec.loader.exec_module(found)
-    found.BATCH = 4
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as of a script that is run
+        patch.setitem(sys.modules, spec.name, found)  # dataclasses look their module up there
+        spec.loader.exec_module(found)
+        found.BATCH = 4
+        yield found
 
 
 def drawn_split(benchmark, draw, seed: int):
